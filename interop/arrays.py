@@ -1,0 +1,146 @@
+"""`to_jax` and `to_torch`: arrays of one framework as views in the other, over any pytree."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from . import dtypes
+from .trees import flatten_registering
+
+
+def to_jax(tree: Any, *, copy: bool = False) -> Any:
+    """View every `torch.Tensor` in a pytree as a `jax.Array`, through DLPack.
+
+    The array shares the tensor's memory (CPU and CUDA) when the tensor's strides are a
+    permutation of a dense layout and its dtype exists in JAX: transposed and channels_last
+    tensors are viewed as they are. Other layouts (stride 0, gaps, conjugate or negative
+    views, memory that XLA finds misaligned) are copied. While memory is shared, an in-place
+    torch operation shows through the array.
+
+    Without `jax_enable_x64`, 64-bit dtypes become 32-bit ones, as everywhere in JAX; integers
+    that do not fit raise instead of wrapping.
+
+    **Arguments:**
+
+    - `tree`: any pytree; leaves that are not tensors are returned as they are. Gradients are not
+      tracked across: a tensor with `requires_grad` gives its values.
+    - `copy`: never share memory.
+
+    **Returns:** the same pytree with `jax.Array` leaves.
+
+    **Raises:** `TypeError` for tensors without dense memory (sparse, quantized, meta, fake) or without
+    a JAX dtype; `OverflowError` for integers outside the 32-bit range.
+
+    Source: [DLPack](https://dmlc.github.io/dlpack/latest/python_spec.html),
+    [`jax.dlpack`](https://docs.jax.dev/en/latest/jax.dlpack.html).
+    """
+    leaves, treedef = flatten_registering(tree)
+    converted = [
+        tensor_to_jax(leaf, copy=copy, name=f"leaf {i}") if isinstance(leaf, torch.Tensor) else leaf
+        for i, leaf in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(treedef, converted)
+
+
+def to_torch(tree: Any, *, copy: bool = False) -> Any:
+    """View every `jax.Array` in a pytree as a `torch.Tensor`, through DLPack.
+
+    The tensor shares the array's memory (CPU and CUDA). JAX arrays are immutable and torch
+    cannot know: pass `copy=True` if anything will write into the tensor in place.
+
+    **Arguments:**
+
+    - `tree`: any pytree; leaves that are not `jax.Array` are returned as they are.
+    - `copy`: never share memory.
+
+    **Returns:** the same pytree with `torch.Tensor` leaves of the same dtype bits.
+
+    **Raises:** `TypeError` for traced arrays, arrays without a torch dtype, and deleted arrays;
+    `ValueError` for arrays spread over several devices.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    converted = [
+        array_to_torch(leaf, copy=copy, name=f"leaf {i}") if isinstance(leaf, jax.Array) else leaf
+        for i, leaf in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(treedef, converted)
+
+
+def tensor_to_jax(tensor: torch.Tensor, *, copy: bool = False, name: str = "the tensor") -> jax.Array:
+    """`to_jax` of one tensor; `name` is how errors call it."""
+    if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
+        raise TypeError(
+            f"to_jax: {name} is a {tensor.device.type if tensor.device.type == 'meta' else 'fake'} tensor of "
+            f"shape {tuple(tensor.shape)}: it has no data. Materialise it first, e.g. with `module.to_empty(...)`."
+        )
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise TypeError(
+            f"to_jax: {name} has layout {tensor.layout} and dtype {tensor.dtype}; JAX needs dense memory. "
+            "Convert it first with `.to_dense()` or `.dequantize()`."
+        )
+    wanted = dtypes.canonical(tensor.dtype)
+    # torch warns when `detach` meets a subclass that forbids it; views keep pointer and strides.
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if dtypes.to_jax_dtype(tensor.dtype) != wanted:
+        _check_range(tensor, wanted, name)
+        tensor, copy = tensor.to(dtypes.to_torch_dtype(wanted)), False
+    if copy or not _is_dense(tensor):
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    return jax.dlpack.from_dlpack(tensor)
+
+
+def array_to_torch(array: jax.Array, *, copy: bool = False, name: str = "the array") -> torch.Tensor:
+    """`to_torch` of one array; `name` is how errors call it."""
+    if isinstance(array, jax.core.Tracer):
+        raise TypeError(
+            f"to_torch: {name} is a traced array of type {jax.typeof(array)}: it has no data while JAX traces "
+            "(jit, grad, vmap). Call torch code on it through `torchleaf.torch_function`."
+        )
+    dtype = dtypes.to_torch_dtype(array.dtype)
+    if array.is_deleted():
+        raise TypeError(f"to_torch: {name} was deleted, most likely donated to a jitted function.")
+    if len(array.sharding.device_set) > 1:
+        raise ValueError(
+            f"to_torch: {name} of shape {array.shape} lies on {len(array.sharding.device_set)} devices "
+            f"({array.sharding}). Gather it first with `jax.device_put(x, device)`, or convert its "
+            "`addressable_shards` one by one."
+        )
+    try:
+        tensor = torch.from_dlpack(array)
+    except BufferError:  # a dtype both frameworks have but DLPack between them has not
+        bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}"))
+        tensor = torch.from_dlpack(bits).view(dtype)
+    return tensor.clone() if copy else tensor
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the strides are a permutation of a contiguous layout: the ones XLA can view."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return tensor.numel() == 0
+        expected *= size
+    return True
+
+
+def _check_range(tensor: torch.Tensor, wanted: np.dtype, name: str) -> None:
+    if tensor.dtype.is_floating_point or tensor.is_complex() or tensor.numel() == 0:
+        return
+    info = np.iinfo(wanted)
+    low, high = (int(v) for v in (tensor.min(), tensor.max())) if tensor.dtype != torch.uint64 else _uint64_range(tensor)
+    if low < info.min or high > info.max:
+        raise OverflowError(
+            f"to_jax: {name} ({tensor.dtype}, values {low} to {high}) does not fit {wanted}, the widest "
+            "integer JAX has here. Enable 64-bit types with `jax.config.update('jax_enable_x64', True)`."
+        )
+
+
+def _uint64_range(tensor: torch.Tensor) -> tuple[int, int]:
+    values = tensor.cpu().numpy()  # torch has no uint64 reductions
+    return int(values.min()), int(values.max())

@@ -1,0 +1,41 @@
+"""Argument names: what a user calls each leaf of a call, and whether the call fits the signature."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from .trees import leaf_names
+
+
+class Signature:
+    """The Python signature of a torch callable; builtins without one accept anything."""
+
+    def __init__(self, fn: Callable[..., Any], name: str):
+        self._name = name
+        try:
+            self._signature = inspect.signature(fn)
+        except (TypeError, ValueError):  # many builtins of torch have none
+            self._signature = None
+
+    def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """`TypeError` naming the callable and the argument that is missing or unknown."""
+        if self._signature is None:
+            return
+        try:
+            self._signature.bind(*args, **kwargs)
+        except TypeError as exc:
+            raise TypeError(f"{self._name}{self._signature}: {exc}.") from None
+
+    def leaf_names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+        """Each leaf of `(args, kwargs)` as the user wrote it: `x`, `targets['label']`."""
+        arguments = [(self._positional(i), value) for i, value in enumerate(args)] + sorted(kwargs.items())
+        return [argument + path for argument, value in arguments for path in leaf_names(value)]
+
+    def _positional(self, index: int) -> str:
+        parameters = list(self._signature.parameters.values()) if self._signature is not None else []
+        for i, parameter in enumerate(parameters):
+            if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+                return f"{parameter.name}[{index - i}]"
+            if i == index:
+                return parameter.name
+        return f"args[{index}]"

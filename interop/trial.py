@@ -1,0 +1,41 @@
+"""Trial runs on fake tensors: what shapes come out, and what torch supports, without computing."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from . import dtypes
+from .kernels import plain_kernels
+
+_fake_logger = logging.getLogger("torch._subclasses.fake_tensor")
+
+
+@contextlib.contextmanager
+def fake_mode() -> Iterator[None]:
+    """Tensors made or met inside carry shapes and dtypes but no data; real constants may be used."""
+    was_disabled = _fake_logger.disabled
+    _fake_logger.disabled = True  # it logs a traceback for each failure, which we report ourselves
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            yield
+    finally:
+        _fake_logger.disabled = was_disabled
+
+
+def empty_like_avals(avals: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+    """Uninitialised tensors of the JAX shapes and dtypes `avals`."""
+    return tuple(torch.empty(a.shape, dtype=dtypes.to_torch_dtype(a.dtype)) for a in avals)
+
+
+def trial_run(function: Callable[..., Any], avals: Sequence[Any]) -> Exception | None:
+    """Run `function` on fake tensors; the exception it raised, if any."""
+    try:
+        with fake_mode(), plain_kernels():
+            function(*empty_like_avals(avals))
+    except Exception as exc:
+        return exc
+    return None

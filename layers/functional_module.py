@@ -1,0 +1,246 @@
+"""A `torch.nn.Module` taken apart: its weights as a flat dict of arrays, the rest as a skeleton.
+
+The skeleton is a copy of the module whose parameters and buffers lie on the meta device. A call puts
+tensors in their place with `torch.func.functional_call`, in a copy that no other thread is using.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import torch
+from torch.nn.parameter import UninitializedTensorMixin
+
+from ..interop import dtypes
+from ..interop.arrays import tensor_to_jax
+from ..interop.call import Aval
+from ..interop.errors import StateError, TorchCallError
+from ..interop.function import TorchFunction
+from ..interop.signature import Signature
+from ..interop.trace import Trace
+from .skeleton import SkeletonPool, assigned_attributes, copy_replacing, in_mode, keep_attributes, stray_tensors
+
+Kind = Literal["params", "frozen", "buffers"]
+Weights = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One parameter or buffer: what torch says of it."""
+
+    kind: Kind
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class FunctionalModule:
+    """The static part of a torch module: code, hyperparameters and weight specs, no weights.
+
+    Compared and hashed by identity.
+
+    **Arguments:**
+
+    - `module`: an initialised `torch.nn.Module`; it is left as it is.
+    - `options`: those of `torch_function`.
+    """
+
+    def __init__(self, module: torch.nn.Module, **options: Any):
+        _check_module(module)
+        self.name = type(module).__name__
+        self.training = module.training
+        self.specs = {name: Spec(_kind(t), tuple(t.shape), t.dtype) for name, t in named_tensors(module)}
+        self._options = options
+        self.skeleton = copy_replacing(module, {t: _on_meta(t) for _, t in named_tensors(module)})
+        self._functions: dict[tuple[str, bool], TorchFunction] = {}
+        self._pools: dict[bool, SkeletonPool] = {}
+
+    def __repr__(self) -> str:
+        return f"<{self.name}>"
+
+    def function(self, method: str, inference: bool) -> TorchFunction:
+        """The module's `method` as a JAX function of `(weights, *args, **kwargs)`."""
+        key = (method, inference)
+        if key not in self._functions:
+            if not callable(getattr(self.skeleton, method, None)):
+                raise AttributeError(f"{self.name} has no method {method!r}.")
+            if inference not in self._pools:
+                self._pools[inference] = SkeletonPool(self.skeleton, training=not inference)
+            self._functions[key] = _ModuleFunction(self, method, self._pools[inference])
+        return self._functions[key]
+
+    def leaves(self, module: torch.nn.Module, *, copy: bool) -> dict[Kind, dict[str, jax.Array]]:
+        """The weights of `module` as jax arrays, by kind and torch name: views where JAX can view them."""
+        leaves: dict[Kind, dict[str, jax.Array]] = {"params": {}, "frozen": {}, "buffers": {}}
+        for name, tensor in named_tensors(module):
+            leaves[self.specs[name].kind][name] = tensor_to_jax(tensor, copy=copy, name=f"{self.name}.{name}")
+        return leaves
+
+    def state_names(self) -> dict[str, str]:
+        """torch's state dict names, in its order, with the leaf behind each: tied weights share one."""
+        leaf_of = {id(t): name for name, t in named_tensors(self.skeleton)}
+        return {name: leaf_of[id(t)] for name, t in self.skeleton.state_dict(keep_vars=True).items() if id(t) in leaf_of}
+
+    def with_weights(self, weights: Weights, *, training: bool) -> torch.nn.Module:
+        """A plain torch module carrying `weights`, in training or evaluation mode."""
+        replacements = {}
+        for name, meta in named_tensors(self.skeleton):
+            is_parameter = isinstance(meta, torch.nn.Parameter)
+            tensor = weights[name]
+            replacements[meta] = torch.nn.Parameter(tensor, meta.requires_grad) if is_parameter else tensor
+        return in_mode(copy_replacing(self.skeleton, replacements), training=training)
+
+    def same_structure(self, other: "FunctionalModule") -> bool:
+        """Whether both compute the same function of their weights, as far as torch prints them."""
+        return (
+            self.specs == other.specs
+            and self._options == other._options
+            and repr(self.skeleton) == repr(other.skeleton)
+        )
+
+
+class _ModuleFunction(TorchFunction):
+    """One method of a module in one mode; its first argument is the dict of weights."""
+
+    def __init__(self, module: FunctionalModule, method: str, pool: SkeletonPool):
+        self._module, self._method, self._pool = module, method, pool
+        self._assigned: set[tuple[str, str]] = set()
+        name = module.name if method == "forward" else f"{module.name}.{method}"
+        signature = _WeightsFirst(getattr(module.skeleton, method), name)
+        super().__init__(self._run, name=name, signature=signature, **module._options)
+
+    def _run(self, weights: Weights, *args: Any, **kwargs: Any) -> Any:
+        with self._pool.borrow() as skeleton, keep_attributes(skeleton, self._assigned):
+            return self._functional_call(skeleton, weights, args, kwargs)
+
+    def _functional_call(
+        self, skeleton: torch.nn.Module, weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self._method == "forward":
+            caller, given = skeleton, dict(weights)
+        else:
+            caller, given = _MethodCaller(skeleton, self._method), {f"module.{n}": t for n, t in weights.items()}
+        held = dict(given)
+        output = torch.func.functional_call(caller, held, args, kwargs)
+        for name, tensor in held.items():
+            if tensor is not given[name]:  # functional_call hands back what the forward put in its place
+                raise _state_error(self.name, f"buffer `{name.removeprefix('module.')}`")
+        return output
+
+    # What TorchFunction asks while it traces.
+
+    def operand_dtypes(self, avals: Sequence[Aval]) -> list[torch.dtype]:
+        """Each weight's own torch dtype, unless the user cast the leaf to another one."""
+        specs = [self._module.specs[name] for name in sorted(self._module.specs)]
+        restored = [
+            s.dtype if a.dtype == dtypes.canonical(s.dtype) else dtypes.to_torch_dtype(a.dtype)
+            for a, s in zip(avals, specs, strict=False)
+        ]
+        return restored + super().operand_dtypes(avals[len(specs) :])
+
+    def observed(self, weights: Weights, *args: Any, **kwargs: Any) -> Any:
+        """Run, and learn which attributes the forward assigns."""
+        self._check_shapes(weights)
+        inputs = [leaf for leaf in jax.tree.leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        with self._pool.borrow() as skeleton, assigned_attributes(skeleton) as assigned:
+            output = self._functional_call(skeleton, weights, args, kwargs)
+            attribute = next(stray_tensors(skeleton, aliasing=inputs), None)
+            if attribute is not None:
+                raise TorchCallError(
+                    f"{self.name} keeps an argument, or a view of it, in its attribute `{attribute}`, whose memory "
+                    "belongs to XLA and is reused at once. Return the tensor as an output, or store `tensor.clone()`."
+                )
+        for path, name, before, after in assigned:
+            if isinstance(after, bool | int | float | str) and after != before:
+                raise _state_error(self.name, f"attribute `{path}{name}`")
+            self._assigned.add((path, name))
+        with self._pool.borrow() as skeleton:
+            attribute = next(stray_tensors(skeleton, fake=True), None)
+            if attribute is not None:
+                raise _state_error(self.name, f"attribute `{attribute}` (a container of tensors)")
+        return output
+
+    def check(self, found: Trace) -> None:
+        for i, name in enumerate(sorted(self._module.specs)):
+            if i in found.mutated and self._module.specs[name].kind == "buffers":
+                raise _state_error(self.name, f"buffer `{name}`")
+
+    def _check_shapes(self, weights: Weights) -> None:
+        for name, spec in self._module.specs.items():
+            if tuple(weights[name].shape) != spec.shape:
+                raise TorchCallError(
+                    f"{self.name}: leaf {name!r} has shape {tuple(weights[name].shape)}, but the torch module's is "
+                    f"{spec.shape}. A stacked model is called under vmap over its leaves, e.g. "
+                    "`eqx.filter_vmap(lambda m, x: m(x), in_axes=(eqx.if_array(0), None))(model, x)`."
+                )
+
+
+class _WeightsFirst(Signature):
+    """A method's signature, where the caller passes the weights before its arguments."""
+
+    def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().check(args[1:], kwargs)
+
+    def leaf_names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+        return sorted(args[0]) + super().leaf_names(args[1:], kwargs)
+
+
+class _MethodCaller(torch.nn.Module):
+    """Makes another method than `forward` reachable for `functional_call`."""
+
+    def __init__(self, module: torch.nn.Module, method: str):
+        super().__init__()
+        self.module, self._method = module, method
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.module, self._method)(*args, **kwargs)
+
+
+def named_tensors(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and buffers under torch's names; tied ones once."""
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _kind(tensor: torch.Tensor) -> Kind:
+    if not isinstance(tensor, torch.nn.Parameter):
+        return "buffers"
+    return "params" if tensor.requires_grad else "frozen"
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    meta = torch.empty_like(tensor, device="meta", requires_grad=False)
+    return torch.nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else meta
+
+
+def _check_module(module: Any) -> None:
+    if not isinstance(module, torch.nn.Module):
+        hint = " (a class: pass an instance)" if isinstance(module, type) else ""
+        raise TypeError(f"TorchModule: module must be a torch.nn.Module, got {type(module).__name__}{hint}.")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError(
+            f"TorchModule: {type(module).__name__} is a TorchScript module, whose weights cannot be taken out of its "
+            "compiled code. Wrap the Python module it was scripted from."
+        )
+    for name, tensor in named_tensors(module):
+        if isinstance(tensor, UninitializedTensorMixin):
+            raise TypeError(
+                f"TorchModule: {type(module).__name__}.{name} is uninitialised (a lazy module). Run the torch module "
+                "once on an example input before wrapping it."
+            )
+        if dtypes.canonical(tensor.dtype) != dtypes.to_jax_dtype(tensor.dtype) and not _is_integer(tensor.dtype):
+            raise TypeError(
+                f"TorchModule: {type(module).__name__}.{name} is {tensor.dtype}, which JAX has only with "
+                "`jax.config.update('jax_enable_x64', True)`. Enable it, or wrap `module.float()`."
+            )
+
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex)
+
+
+def _state_error(name: str, what: str) -> StateError:
+    return StateError(
+        f"{name} changes {what} in its forward pass, which a pure function would silently lose. State is not supported "
+        "yet: use evaluation mode (`eqx.nn.inference_mode(model)`, or `module.eval()` before wrapping), in which "
+        "layers like BatchNorm do not update."
+    )

@@ -1,0 +1,31 @@
+"""Shared fixtures: reproducible random numbers, 64-bit mode, the GPU marker."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items):
+    has_gpu = torch.cuda.is_available() and any(d.platform == "gpu" for d in jax.devices())
+    for item in items:
+        if "gpu" in item.keywords and not has_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU that both JAX and torch see"))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def rng():
+    """A NumPy generator with a fixed seed."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def x64():
+    """JAX with 64-bit types for one test."""
+    with jax.enable_x64(True):
+        yield
