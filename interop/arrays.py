@@ -133,7 +133,9 @@ def _check_range(tensor: torch.Tensor, wanted: np.dtype, name: str) -> None:
     if tensor.dtype.is_floating_point or tensor.is_complex() or tensor.numel() == 0:
         return
     info = np.iinfo(wanted)
-    low, high = (int(v) for v in (tensor.min(), tensor.max())) if tensor.dtype != torch.uint64 else _uint64_range(tensor)
+    low, high = (
+        (int(v) for v in (tensor.min(), tensor.max())) if tensor.dtype != torch.uint64 else _uint64_range(tensor)
+    )
     if low < info.min or high > info.max:
         raise OverflowError(
             f"to_jax: {name} ({tensor.dtype}, values {low} to {high}) does not fit {wanted}, the widest "

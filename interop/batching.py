@@ -62,9 +62,7 @@ def _vmap(call: Vmap, *tensors: torch.Tensor) -> Tensors:
 
 def _loop(call: Vmap, *tensors: torch.Tensor) -> Tensors:
     def example(i: int) -> Tensors:
-        return call.inner.run(
-            *(x if d is None else x.select(d, i) for x, d in zip(tensors, call.in_dims, strict=True))
-        )
+        return call.inner.run(*(x if d is None else x.select(d, i) for x, d in zip(tensors, call.in_dims, strict=True)))
 
     return tuple(torch.stack(ys) for ys in zip(*map(example, range(call.size)), strict=True))
 

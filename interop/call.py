@@ -92,9 +92,7 @@ class TorchCall:
         residuals = tuple(range(len(self.in_avals)))
         return self.derive(Jvp, active, self.inexact_outs), residuals, self.inexact_outs
 
-    def transpose(
-        self, linear: tuple[int, ...], outs: tuple[int, ...]
-    ) -> "tuple[TorchCall, tuple[int, ...]]":
+    def transpose(self, linear: tuple[int, ...], outs: tuple[int, ...]) -> "tuple[TorchCall, tuple[int, ...]]":
         """The transpose with respect to `linear` operands, for cotangents of `outs`.
 
         Returns a call and the operands of `self` it needs first; cotangents follow them.
@@ -370,9 +368,7 @@ class Vmap(TorchCall):
 
     def run(self, *tensors: torch.Tensor) -> Tensors:
         batched = self._strategy(*tensors)
-        return tuple(
-            (y.sum(0) if d is None else y.movedim(0, d)) for y, d in zip(batched, self.out_dims, strict=True)
-        )
+        return tuple((y.sum(0) if d is None else y.movedim(0, d)) for y, d in zip(batched, self.out_dims, strict=True))
 
     def prepare(self) -> None:
         self.inner.prepare()

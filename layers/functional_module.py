@@ -79,7 +79,9 @@ class FunctionalModule:
     def state_names(self) -> dict[str, str]:
         """torch's state dict names, in its order, with the leaf behind each: tied weights share one."""
         leaf_of = {id(t): name for name, t in named_tensors(self.skeleton)}
-        return {name: leaf_of[id(t)] for name, t in self.skeleton.state_dict(keep_vars=True).items() if id(t) in leaf_of}
+        return {
+            name: leaf_of[id(t)] for name, t in self.skeleton.state_dict(keep_vars=True).items() if id(t) in leaf_of
+        }
 
     def with_weights(self, weights: Weights, *, training: bool) -> torch.nn.Module:
         """A plain torch module carrying `weights`, in training or evaluation mode."""

@@ -64,7 +64,9 @@ def in_mode(module: torch.nn.Module, *, training: bool) -> torch.nn.Module:
 
 
 @contextlib.contextmanager
-def keep_attributes(module: torch.nn.Module, attributes: Sequence[tuple[str, str]] | set[tuple[str, str]]) -> Iterator[None]:
+def keep_attributes(
+    module: torch.nn.Module, attributes: Sequence[tuple[str, str]] | set[tuple[str, str]]
+) -> Iterator[None]:
     """Put the named attributes, as (submodule prefix, name), back as they were."""
     held = [(vars(module.get_submodule(path.rstrip("."))), name) for path, name in attributes]
     before = [(namespace, name, namespace.get(name, _ABSENT)) for namespace, name in held]

@@ -132,7 +132,9 @@ def _stack_leaf(column: Sequence[Any]) -> Any:
     if isinstance(first, TorchModule):
         for i, other in enumerate(column):
             if not isinstance(other, TorchModule) or not first.module.same_structure(other.module):
-                raise ValueError(f"stack: the torch module of models[{i}] differs from that of models[0]: {other} and {first}.")
+                raise ValueError(
+                    f"stack: the torch module of models[{i}] differs from that of models[0]: {other} and {first}."
+                )
         # The treedefs differ by their skeletons alone; the first one stands for all.
         rows, treedef = zip(*(jax.tree.leaves(m) for m in column), strict=True), jax.tree.structure(first)
         return jax.tree.unflatten(treedef, [_stack_leaf(row) for row in rows])
