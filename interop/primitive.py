@@ -9,7 +9,7 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, partial_eval
 
-from . import transport
+from . import sharding, transport
 from .call import TorchCall, Vjp
 
 torch_call_p = Primitive("torch_call")
@@ -18,7 +18,7 @@ torch_call_p.multiple_results = True
 
 def bind(call: TorchCall, *operands: Any) -> list[Any]:
     """Apply a torch call to JAX arrays or tracers."""
-    return torch_call_p.bind(*operands, call=call)
+    return torch_call_p.bind(*sharding.align(operands), call=call)
 
 
 # --- evaluation ----------------------------------------------------------------------------------
@@ -33,7 +33,7 @@ def _impl(*operands: Any, call: TorchCall) -> list[jax.Array]:
 
 @torch_call_p.def_abstract_eval
 def _abstract_eval(*avals: Any, call: TorchCall) -> list[ShapedArray]:
-    return [ShapedArray(aval.shape, aval.dtype) for aval in call.out_avals]
+    return [sharding.result_aval(aval.shape, aval.dtype, avals) for aval in call.out_avals]
 
 
 mlir.register_lowering(torch_call_p, transport.lower)

@@ -8,6 +8,7 @@ compilation cache took from another process can never reach a callable of this o
 Where no target is registered for the platform, `jax.pure_callback` carries the call.
 """
 
+import atexit
 import functools
 import itertools
 import secrets
@@ -101,9 +102,19 @@ def _registered_platforms() -> frozenset[str]:
             pass_owned_tensor=True,  # a tensor that outlives the call is an error, not a dangling pointer
         )
 
+    atexit.register(_drain)
     register(_entry, "cpu", [])
     register(_entry_cuda, "gpu", ["ctx.stream"])
     return frozenset({"cpu", "cuda"})
+
+
+def _drain() -> None:
+    """Wait, at exit, for programs in flight: one that enters Python after finalization aborts the process.
+
+    A device runs what it is given in order, so a last trivial program is done after all others.
+    """
+    for device in jax.local_devices():
+        jax.block_until_ready(jax.jit(jnp.negative)(jax.device_put(np.zeros(()), device)))
 
 
 # --- jax.pure_callback -------------------------------------------------------------------------
