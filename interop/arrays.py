@@ -62,7 +62,7 @@ def to_torch(tree: Any, *, copy: bool = False) -> Any:
     **Raises:** `TypeError` for traced arrays, arrays without a torch dtype, and deleted arrays;
     `ValueError` for arrays spread over several devices.
     """
-    leaves, treedef = jax.tree.flatten(tree)
+    leaves, treedef = flatten_registering(tree)
     converted = [
         array_to_torch(leaf, copy=copy, name=f"leaf {i}") if isinstance(leaf, jax.Array) else leaf
         for i, leaf in enumerate(leaves)
@@ -74,7 +74,7 @@ def tensor_to_jax(tensor: torch.Tensor, *, copy: bool = False, name: str = "the 
     """`to_jax` of one tensor; `name` is how errors call it."""
     if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
         raise TypeError(
-            f"to_jax: {name} is a {tensor.device.type if tensor.device.type == 'meta' else 'fake'} tensor of "
+            f"to_jax: {name} is a {'meta' if tensor.device.type == 'meta' else 'fake'} tensor of "
             f"shape {tuple(tensor.shape)}: it has no data. Materialise it first, e.g. with `module.to_empty(...)`."
         )
     if tensor.layout != torch.strided or tensor.is_quantized:
@@ -86,7 +86,8 @@ def tensor_to_jax(tensor: torch.Tensor, *, copy: bool = False, name: str = "the 
     # torch warns when `detach` meets a subclass that forbids it; views keep pointer and strides.
     tensor = tensor.detach().resolve_conj().resolve_neg()
     if dtypes.to_jax_dtype(tensor.dtype) != wanted:
-        _check_range(tensor, wanted, name)
+        if tensor.dtype in _WIDE_INTEGERS and tensor.numel():
+            check_range(tensor.cpu().numpy(), wanted, f"to_jax: {name}")
         tensor, copy = tensor.to(dtypes.to_torch_dtype(wanted)), False
     if copy or not _is_dense(tensor):
         tensor = tensor.clone(memory_format=torch.contiguous_format)
@@ -100,7 +101,10 @@ def array_to_torch(array: jax.Array, *, copy: bool = False, name: str = "the arr
             f"to_torch: {name} is a traced array of type {jax.typeof(array)}: it has no data while JAX traces "
             "(jit, grad, vmap). Call torch code on it through `torchleaf.torch_function`."
         )
-    dtype = dtypes.to_torch_dtype(array.dtype)
+    try:
+        dtype = dtypes.to_torch_dtype(array.dtype)
+    except TypeError as exc:
+        raise TypeError(f"to_torch: {name} of shape {array.shape}: {exc}") from None
     if array.is_deleted():
         raise TypeError(f"to_torch: {name} was deleted, most likely donated to a jitted function.")
     if len(array.sharding.device_set) > 1:
@@ -129,20 +133,14 @@ def _is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
-def _check_range(tensor: torch.Tensor, wanted: np.dtype, name: str) -> None:
-    if tensor.dtype.is_floating_point or tensor.is_complex() or tensor.numel() == 0:
-        return
-    info = np.iinfo(wanted)
-    low, high = (
-        (int(v) for v in (tensor.min(), tensor.max())) if tensor.dtype != torch.uint64 else _uint64_range(tensor)
-    )
+_WIDE_INTEGERS = (torch.int64, torch.uint64)
+
+
+def check_range(values: np.ndarray, wanted: np.dtype, name: str) -> None:
+    """`OverflowError` if integers do not fit the dtype JAX gives them: JAX itself would wrap them."""
+    info, low, high = np.iinfo(wanted), int(values.min()), int(values.max())
     if low < info.min or high > info.max:
         raise OverflowError(
-            f"to_jax: {name} ({tensor.dtype}, values {low} to {high}) does not fit {wanted}, the widest "
+            f"{name} ({values.dtype}, values {low} to {high}) does not fit {wanted}, the widest "
             "integer JAX has here. Enable 64-bit types with `jax.config.update('jax_enable_x64', True)`."
         )
-
-
-def _uint64_range(tensor: torch.Tensor) -> tuple[int, int]:
-    values = tensor.cpu().numpy()  # torch has no uint64 reductions
-    return int(values.min()), int(values.max())

@@ -25,7 +25,7 @@ import torch
 
 from . import batching
 from .dtypes import is_inexact
-from .kernels import plain_kernels
+from .kernels import NONE, differentiable_path, plain_kernels
 from .trial import trial_run
 
 Aval = jax.ShapeDtypeStruct
@@ -420,6 +420,6 @@ def _grad(outs: Tensors, xs: Tensors, cotangents: Tensors, *, create_graph: bool
 
 def execute(call: TorchCall, *tensors: torch.Tensor) -> Tensors:
     """Run a call outermost, on the thread of the compiled program."""
-    kernels = call.base.fused_kernels if call.plain_kernels else frozenset()
-    with torch.no_grad(), plain_kernels(kernels):
+    kernels = call.base.fused_kernels
+    with torch.no_grad(), differentiable_path(kernels), plain_kernels(kernels if call.plain_kernels else NONE):
         return call.execute(*tensors)

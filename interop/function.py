@@ -1,23 +1,23 @@
 """`torch_function`: a torch callable as a JAX function over pytrees."""
 
 import functools
+import inspect
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import torch
 
 from . import dtypes
+from .arguments import Arguments
 from .arrays import array_to_torch
-from .call import Aval, Base, Tensors, VmapMethod
+from .call import Aval, VmapMethod
 from .errors import TorchCallError
 from .primitive import bind
 from .signature import Signature
+from .specialize import Specialized
 from .trace import Trace, trace
-from .trees import flatten_registering
 
 _VMAP_METHODS = ("auto", "vmap", "batched", "loop")
 
@@ -96,15 +96,17 @@ class TorchFunction:
         if isinstance(fn, torch.nn.Module):
             raise TypeError(
                 f"torch_function: fn is a torch.nn.Module ({type(fn).__name__}), whose parameters would be constants. "
-                "Use torchleaf.TorchModule(module) to have them as leaves, or pass module.forward to keep them constant."
+                "Use torchleaf.TorchModule(module) to have them as leaves, or module.forward to keep them constant."
             )
         if vmap_method not in _VMAP_METHODS:
             raise ValueError(f"vmap_method must be one of {_VMAP_METHODS}, got {vmap_method!r}.")
         self.name = name or _name_of(fn)
-        self._fn, self._vmap_method, self._forward_mode = fn, vmap_method, forward_mode
-        self._out_shape, self._example_args = out_shape, example_args
+        if example_args is not None and not isinstance(example_args, tuple | list):
+            raise TypeError(f"example_args must be a tuple of positional arguments, got {type(example_args).__name__}.")
+        self._fn, self._out_shape, self._example_args = fn, out_shape, example_args
+        self._options: dict[str, Any] = {"vmap_method": vmap_method, "forward_mode": forward_mode}
         self._signature = signature or Signature(fn, self.name)
-        self._specialized: dict[Any, _Specialized] = {}
+        self._specialized: dict[Any, Specialized] = {}
         functools.update_wrapper(self, fn, updated=())
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
@@ -114,21 +116,12 @@ class TorchFunction:
         return f"torch_function({self.name})"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, treedef = flatten_registering((args, kwargs))
-        is_array = tuple(map(_is_array, leaves))
-        operands = [_as_operand(leaf) for leaf, arr in zip(leaves, is_array, strict=True) if arr]
-        avals = tuple(Aval(x.shape, x.dtype) for x in operands)
-        static = tuple(_static_key(leaf) for leaf, arr in zip(leaves, is_array, strict=True) if not arr)
-        key = (treedef, is_array, avals, static, jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
-        try:
-            specialized = self._specialized.get(key)
-        except TypeError:
-            self._reject_unhashable(args, kwargs, leaves, is_array)
-            raise
+        arguments = Arguments(args, kwargs, self._signature)
+        key = (arguments.key, jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
+        specialized = self._specialized.get(key)
         if specialized is None:
-            specialized = self._specialize(treedef, leaves, is_array, operands, avals)
-            self._specialized[key] = specialized
-        return specialized.rebuild(bind(specialized.call, *operands))
+            specialized = self._specialized[key] = self._specialize(arguments)
+        return specialized.rebuild(bind(specialized.call, *arguments.operands))
 
     # Hooks for callables whose first argument is a module's weights.
 
@@ -143,113 +136,49 @@ class TorchFunction:
     def check(self, found: Trace) -> None:
         """Refuse what the trace found and the call cannot do."""
 
-    def _specialize(
-        self, treedef: Any, leaves: list[Any], is_array: tuple[bool, ...], operands: list[Any], avals: tuple[Aval, ...]
-    ) -> "_Specialized":
+    def _specialize(self, arguments: Arguments) -> Specialized:
         """Trace the callable for one signature."""
-        args, kwargs = jax.tree.unflatten(treedef, leaves)
-        self._signature.check(args, kwargs)
-        names = [n for n, arr in zip(self._signature.leaf_names(args, kwargs), is_array, strict=True) if arr]
-        wanted = self.operand_dtypes(avals)
-        statics = [None if arr else leaf for leaf, arr in zip(leaves, is_array, strict=True)]
-
-        def arguments(tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            feed = iter(tensors)
-            filled = [next(feed) if arr else leaf for leaf, arr in zip(statics, is_array, strict=True)]
-            return jax.tree.unflatten(treedef, filled)
+        arguments.check_signature()
+        wanted, fill = self.operand_dtypes(arguments.avals), arguments.filler()
 
         def observed(*tensors: torch.Tensor) -> Any:
-            args, kwargs = arguments(tensors)
+            args, kwargs = fill(tensors)
             return self.observed(*args, **kwargs)
 
         found = trace(
             observed,
-            [(a.shape, d) for a, d in zip(avals, wanted, strict=True)],
+            [(a.shape, d) for a, d in zip(arguments.avals, wanted, strict=True)],
             name=self.name,
-            operand_names=names,
+            operand_names=arguments.names(),
             out_shape=self._out_shape,
-            example=lambda: self._example(operands, wanted),
+            example=lambda: self._example(arguments, wanted),
         )
         self.check(found)
-        out_dtypes = [dtypes.to_torch_dtype(a.dtype) for a in found.out_avals]
+        return Specialized(self._fn, arguments, wanted, found, name=self.name, **self._options)
 
-        def flat(*tensors: torch.Tensor) -> Tensors:
-            received = [
-                (x.to(d).clone() if i in found.mutated else x.to(d))
-                for i, (x, d) in enumerate(zip(tensors, wanted, strict=True))
-            ]
-            args, kwargs = arguments(received)
-            leaves, out_treedef = flatten_registering(self._fn(*args, **kwargs))
-            if out_treedef != found.treedef:
-                raise TorchCallError(
-                    f"{self.name} returned {out_treedef} at run time, but {found.treedef} when it was traced (or "
-                    "declared by `out_shape`). The structure of the output must not depend on values."
-                )
-            outs = [y for y in leaves if isinstance(y, torch.Tensor)]
-            return tuple(y.to(d) for y, d in zip(outs, out_dtypes, strict=True))
-
-        call = Base(
-            flat,
-            name=self.name,
-            in_avals=avals,
-            out_avals=found.out_avals,
-            fakeable=found.fakeable,
-            fused_kernels=found.fused_kernels,
-            forward_mode=self._forward_mode,
-            vmap_method=self._vmap_method,
-        )
-        return _Specialized(call, found)
-
-    def _example(self, operands: Sequence[Any], wanted: Sequence[torch.dtype]) -> list[torch.Tensor] | None:
-        """Values to run the callable on once: `example_args`, or the arguments if they are not traced."""
-        if self._example_args is not None:
-            operands = [_as_operand(x) for x in jax.tree.leaves(self._example_args) if _is_array(x)]
+    def _example(self, arguments: Arguments, wanted: Sequence[torch.dtype]) -> list[torch.Tensor] | None:
+        """Values to run the callable on once: `example_args` of the same shapes, or the arguments if not traced."""
+        operands = arguments.operands
         if any(isinstance(x, jax.core.Tracer) for x in operands):
-            return None
+            if self._example_args is None:
+                return None
+            example = Arguments(tuple(self._example_args), {}, self._signature)
+            if example.avals != arguments.avals:
+                raise TorchCallError(
+                    f"{self.name} is called with {_shapes(arguments)}, but example_args are {_shapes(example)}. "
+                    "Give example_args of the shapes and dtypes it is called with, or `out_shape`."
+                )
+            operands = example.operands
         return [array_to_torch(x, copy=True).to(d) for x, d in zip(operands, wanted, strict=True)]
 
-    def _reject_unhashable(self, args: Any, kwargs: Any, leaves: list[Any], is_array: tuple[bool, ...]) -> None:
-        for name, leaf, arr in zip(self._signature.leaf_names(args, kwargs), leaves, is_array, strict=True):
-            if not arr and type(leaf).__hash__ is None:
-                raise TypeError(
-                    f"{self.name}: argument {name} is a {type(leaf).__name__}, neither an array nor hashable, so it "
-                    "cannot be static. Pass arrays, pytrees of arrays, or hashable values."
-                )
 
-
-class _Specialized:
-    """One signature of a `TorchFunction`: the call, and how its flat results become the output."""
-
-    def __init__(self, call: Base, found: Trace):
-        self.call, self._treedef, self._leaves = call, found.treedef, found.leaves
-
-    def rebuild(self, results: Sequence[Any]) -> Any:
-        feed = iter(results)
-        leaves = [next(feed) if isinstance(leaf, Aval) else leaf for leaf in self._leaves]
-        return jax.tree.unflatten(self._treedef, leaves)
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic)
-
-
-def _as_operand(leaf: Any) -> Any:
-    return leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
-
-
-def _static_key(leaf: Any) -> Any:
-    """A key that tells apart what `==` does not: 1, 1.0 and True; 0.0 and -0.0."""
-    if isinstance(leaf, torch.Tensor):
-        raise TypeError(
-            f"an argument is a torch.Tensor of shape {tuple(leaf.shape)}; torchleaf functions take JAX arrays. "
-            "Convert it with torchleaf.to_jax(tensor)."
-        )
-    return (type(leaf), repr(leaf) if isinstance(leaf, float | complex) else leaf)
+def _shapes(arguments: Arguments) -> str:
+    return "(" + ", ".join(f"{a.dtype}{list(a.shape)}" for a in arguments.avals) + ")"
 
 
 def _name_of(fn: Callable[..., Any]) -> str:
     bound_to = getattr(fn, "__self__", None)
-    own = getattr(fn, "__qualname__", None) or type(fn).__qualname__
+    name = getattr(fn, "__name__", type(fn).__qualname__)
     if isinstance(bound_to, torch.nn.Module):
-        return f"{type(bound_to).__qualname__}.{getattr(fn, '__name__', own)}"
-    return own
+        return f"{type(bound_to).__qualname__}.{name}"
+    return name if inspect.isbuiltin(fn) else getattr(fn, "__qualname__", name)

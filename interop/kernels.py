@@ -1,7 +1,9 @@
-"""Kernels that torch can differentiate forward and more than once, in the place of those it cannot.
+"""Which kernels torch runs: those it can differentiate, in the place of those it cannot.
 
 Fused attention has neither a forward-mode formula nor a second derivative (pytorch issues 98164, 117629,
 154226), oneDNN's recurrent layers have no batching rule for their backward. torch's plain kernels have all.
+The fast path of `nn.TransformerEncoder` and `nn.MultiheadAttention` runs only where no gradient is asked for and
+gives other values at padded positions, so it stays off: a function and its gradient must be of one function.
 """
 
 import contextlib
@@ -11,6 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+NONE: frozenset[str] = frozenset()
 ALL = frozenset({"attention", "recurrent"})
 
 _MARKS = {
@@ -32,6 +35,16 @@ def _without_onednn() -> Iterator[None]:
         yield
     finally:
         torch.backends.mkldnn.enabled = before
+
+
+@contextlib.contextmanager
+def _without_fast_path() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 class _Shared:
@@ -57,6 +70,7 @@ class _Shared:
 
 
 _SWITCHES = {"attention": _Shared(lambda: sdpa_kernel(SDPBackend.MATH)), "recurrent": _Shared(_without_onednn)}
+_FAST_PATH = _Shared(_without_fast_path)
 
 
 @contextlib.contextmanager
@@ -66,3 +80,8 @@ def plain_kernels(kernels: frozenset[str] = ALL) -> Iterator[None]:
         for kernel in sorted(kernels):
             stack.enter_context(_SWITCHES[kernel].held())
         yield
+
+
+def differentiable_path(kernels: frozenset[str] = ALL) -> contextlib.AbstractContextManager[None]:
+    """Run the code torch runs when gradients are wanted, for a callable that uses `kernels`."""
+    return _FAST_PATH.held() if "attention" in kernels else contextlib.nullcontext()

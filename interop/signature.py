@@ -11,7 +11,7 @@ class Signature:
     """The Python signature of a torch callable; builtins without one accept anything."""
 
     def __init__(self, fn: Callable[..., Any], name: str):
-        self._name = name
+        self.name = name
         try:
             self._signature = inspect.signature(fn)
         except (TypeError, ValueError):  # many builtins of torch have none
@@ -24,7 +24,7 @@ class Signature:
         try:
             self._signature.bind(*args, **kwargs)
         except TypeError as exc:
-            raise TypeError(f"{self._name}{self._signature}: {exc}.") from None
+            raise TypeError(f"{self.name}{self._signature}: {exc}.") from None
 
     def leaf_names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         """Each leaf of `(args, kwargs)` as the user wrote it: `x`, `targets['label']`."""

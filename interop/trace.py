@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import dtypes, kernels
 from .call import Aval
 from .errors import RandomnessError, TorchCallError, quote
-from .trial import fake_mode
 from .trees import flatten_registering, leaf_names
+from .trial import fake_mode
 
 _DATA_DEPENDENT = (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException)
 _NO_FAKE_KERNEL = (fake_tensor.UnsupportedOperatorException, fake_tensor.UnsupportedFakeTensorException)
@@ -30,7 +30,7 @@ class Trace:
     leaves: tuple[Any, ...]
     """Output leaves: an `Aval` for each tensor, the value itself for static ones."""
     mutated: frozenset[int]
-    """Operands the callable writes into."""
+    """Operands the callable writes into, or may write into depending on values."""
     fused_kernels: frozenset[str]
     """The fused kernels it uses that have replacements (`kernels.py`)."""
     fakeable: bool = True
@@ -95,7 +95,7 @@ def _trace_values(
             "(arguments to run it on once), or call it once outside jit, grad and vmap."
         ) from cause
     try:
-        with torch.no_grad():
+        with torch.no_grad(), kernels.differentiable_path():
             found = _observe(function, operands, name, operand_names)
     except TorchCallError:
         raise
@@ -104,7 +104,7 @@ def _trace_values(
             f"{name} {reason}, and running it on example values failed.\ntorch said: {quote(exc)}\n"
             "Pass `out_shape=` (a pytree of jax.ShapeDtypeStruct like the output)."
         ) from exc
-    return replace(found, fakeable=False)
+    return replace(found, mutated=frozenset(range(len(operand_specs))), fakeable=False)
 
 
 def _depends_on_values(exc: Exception) -> bool:
@@ -139,8 +139,8 @@ def _observe(
     escaped = [n for n, s in zip(operand_names, storages, strict=True) if not s.expired()]
     if escaped:
         raise TorchCallError(
-            f"{name} keeps argument {', '.join(escaped)} (or a view of it) after it returns: a closure, a global, a hook "
-            "or an attribute still holds the tensor, whose memory belongs to XLA and is reused at once. Return the "
+            f"{name} keeps argument {', '.join(escaped)} (or a view of it) after it returns: a closure, a global, a "
+            "hook or an attribute still holds the tensor, whose memory belongs to XLA and is reused at once. Return the "
             "tensor as an output, or store `tensor.clone()`."
         )
     return Trace(treedef, leaves, frozenset(observer.mutated), frozenset(observer.fused_kernels))
@@ -162,8 +162,8 @@ def _describe(output: Any, name: str) -> tuple[Any, tuple[Any, ...]]:
             described.append(leaf)
         else:
             raise TorchCallError(
-                f"{name} returns a {type(leaf).__module__}.{type(leaf).__qualname__} at output{path}: neither a tensor, "
-                "nor a pytree of tensors, nor a static value (None, bool, number, str, dtype). Return its tensors, or "
+                f"{name} returns a {type(leaf).__module__}.{type(leaf).__qualname__} at output{path}: neither a "
+                "tensor, nor a pytree of tensors, nor a static value (None, bool, number, str, dtype). Return its tensors, or "
                 "register its class with jax.tree_util.register_pytree_node."
             )
     return treedef, tuple(described)
@@ -214,14 +214,16 @@ class _Observer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.fused_kernels |= kernels.fused_kernels(func.name())
-        arguments = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+        declared = func._schema.arguments
+        arguments = {a.name: a.default_value for a in declared if a.has_default_value()}
+        arguments |= dict(zip((a.name for a in declared), args, strict=False)) | kwargs
         if torch.Tag.nondeterministic_seeded in func.tags and _draws(arguments):
             raise RandomnessError(
-                f"{self.name} draws random numbers ({func}), which JAX could neither seed nor reproduce. Random ops are "
-                "not supported yet: switch dropout off (eqx.nn.inference_mode(model), or module.eval() before wrapping), "
-                "or draw the numbers with jax.random and pass them in."
+                f"{self.name} draws random numbers ({func}), which JAX could neither seed nor reproduce. Random ops "
+                "are not supported yet: switch dropout off (eqx.nn.inference_mode(model), or module.eval() before "
+                "wrapping), or draw the numbers with jax.random and pass them in."
             )
-        for argument in func._schema.arguments:
+        for argument in declared:
             if argument.alias_info is not None and argument.alias_info.is_write:
                 self._note_write(arguments.get(argument.name))
         return func(*args, **kwargs)

@@ -187,7 +187,8 @@ def _write(call: TorchCall, outs: Sequence[torch.Tensor], results: Any) -> None:
         if tuple(out.shape) != aval.shape:
             raise TorchCallError(
                 f"{call.name}: output {i} has shape {tuple(out.shape)} at run time, but {aval.shape} was traced or "
-                "declared by `out_shape`. XLA needs shapes that do not depend on values: return a padded array and a mask."
+                "declared by `out_shape`. XLA needs shapes that do not depend on values: return a padded array and "
+                "a mask."
             )
         if _is_complex(aval):
             next(results).copy_(out.real)

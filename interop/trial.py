@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import dtypes
-from .kernels import plain_kernels
+from .kernels import differentiable_path, plain_kernels
 
 _fake_logger = logging.getLogger("torch._subclasses.fake_tensor")
 
@@ -20,7 +20,7 @@ def fake_mode() -> Iterator[None]:
     was_disabled = _fake_logger.disabled
     _fake_logger.disabled = True  # it logs a traceback for each failure, which we report ourselves
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), differentiable_path():
             yield
     finally:
         _fake_logger.disabled = was_disabled

@@ -70,8 +70,8 @@ class TorchModule(eqx.Module):
 
         **Returns:** what `forward` returns, with `jax.Array`s for tensors.
 
-        **Raises:** `torchleaf.StateError` if the forward changes buffers, `torchleaf.RandomnessError` if it draws random
-        numbers, `torchleaf.TorchCallError` with torch's message if it fails.
+        **Raises:** `torchleaf.StateError` if the forward changes buffers, `torchleaf.RandomnessError` if it draws
+        random numbers, `torchleaf.TorchCallError` with torch's message if it fails.
         """
         return self.call("forward", *args, key=key, **kwargs)
 
@@ -80,8 +80,8 @@ class TorchModule(eqx.Module):
         del key
         if isinstance(self.inference, jax.core.Tracer):
             raise TypeError(
-                f"{self.module.name}: `inference` is traced; a flag that chooses code must be static. Use eqx.filter_jit "
-                "(filter_grad, ...) instead of jax.jit, or eqx.partition the model by eqx.is_array."
+                f"{self.module.name}: `inference` is traced; a flag that chooses code must be static. Use "
+                "eqx.filter_jit (filter_grad, ...) instead of jax.jit, or eqx.partition the model by eqx.is_array."
             )
         constants = jax.tree.map(_stop_gradient, {**self.frozen, **self.buffers})
         return self.module.function(method, bool(self.inference))({**self.params, **constants}, *args, **kwargs)

@@ -45,8 +45,8 @@ def copy_replacing(module: torch.nn.Module, replacements: Mapping[torch.Tensor, 
         return copy.deepcopy(module, memo)
     except Exception as exc:
         raise TypeError(
-            f"{type(module).__name__} cannot be copied with copy.deepcopy ({type(exc).__name__}: {exc}); torchleaf keeps "
-            "a copy of the module without its weights. Remove the attribute that cannot be copied, or give its class a "
+            f"{type(module).__name__} cannot be copied with copy.deepcopy ({type(exc).__name__}: {exc}); torchleaf "
+            "keeps a copy of the module without its weights. Remove the attribute that cannot be copied, or give its class a "
             "__deepcopy__."
         ) from exc
 

@@ -163,6 +163,6 @@ def _is_torch_module(node: Any) -> bool:
 def _check_model(function: str, model: Any) -> None:
     if not isinstance(model, TorchModule):
         raise TypeError(
-            f"{function}: model must be a torchleaf TorchModule, got {type(model).__name__}. Pass the TorchModule inside "
-            "it, e.g. `model.encoder`."
+            f"{function}: model must be a torchleaf TorchModule, got {type(model).__name__}. Pass the TorchModule "
+            "inside it, e.g. `model.encoder`."
         )

@@ -1,0 +1,109 @@
+"""The arguments of one call: arrays become flat operands, everything else is static."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from . import dtypes
+from .arrays import check_range
+from .call import Aval
+from .signature import Signature
+from .trees import flatten_registering
+
+
+class Arguments:
+    """`(args, kwargs)` of a call, taken apart.
+
+    `operands` are the array leaves as JAX arrays or tracers, `avals` theirs; `key` identifies all that is static.
+    Raises a `TypeError` that names the argument for leaves that can be neither.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], signature: Signature):
+        leaves, self._treedef = flatten_registering((args, kwargs))
+        self._is_array = tuple(map(_is_array, leaves))
+        self._signature, self._args, self._kwargs = signature, args, kwargs
+        try:
+            self._statics = tuple(None if arr else x for x, arr in zip(leaves, self._is_array, strict=True))
+            self.operands = [_operand(x) for x, arr in zip(leaves, self._is_array, strict=True) if arr]
+            self.avals = tuple(_aval(x) for x in self.operands)
+            self.key = (self._treedef, self._is_array, tuple(map(static_key, self._statics)), self.avals)
+            hash(self.key)
+        except (TypeError, OverflowError):
+            self._reject(leaves)
+            raise
+
+    def names(self) -> list[str]:
+        """The operands as the user wrote them: `x`, `targets['label']`."""
+        names = self._signature.leaf_names(self._args, self._kwargs)
+        return [n for n, arr in zip(names, self._is_array, strict=True) if arr]
+
+    def check_signature(self) -> None:
+        """`TypeError` naming an argument that is missing or unknown."""
+        self._signature.check(self._args, self._kwargs)
+
+    def filler(self) -> Callable[[Sequence[torch.Tensor]], tuple[tuple[Any, ...], dict[str, Any]]]:
+        """A function from tensors for the operands to `(args, kwargs)`; it holds no array."""
+        treedef, is_array, statics = self._treedef, self._is_array, self._statics
+
+        def fill(tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            feed = iter(tensors)
+            leaves = [next(feed) if arr else static for static, arr in zip(statics, is_array, strict=True)]
+            return jax.tree.unflatten(treedef, leaves)
+
+        return fill
+
+    def _reject(self, leaves: Sequence[Any]) -> None:
+        """Raise for the first leaf that cannot be passed, by name."""
+        names = self._signature.leaf_names(self._args, self._kwargs)
+        for name, leaf, arr in zip(names, leaves, self._is_array, strict=True):
+            where = f"{self._signature.name}: argument {name}"
+            if isinstance(leaf, torch.Tensor):
+                raise TypeError(
+                    f"{where} is a torch.Tensor of shape {tuple(leaf.shape)}; torchleaf functions take JAX arrays. "
+                    "Convert it with torchleaf.to_jax(tensor)."
+                ) from None
+            if not arr and type(leaf).__hash__ is None:
+                raise TypeError(
+                    f"{where} is a {type(leaf).__name__}, neither an array nor hashable, so it cannot be static. Pass "
+                    "arrays, pytrees of arrays, or hashable values."
+                ) from None
+            if arr:
+                try:
+                    _aval(_operand(leaf))
+                except (TypeError, OverflowError) as exc:
+                    raise type(exc)(f"{where}: {exc}") from None
+
+
+def static_key(leaf: Any) -> Any:
+    """A key that tells apart what `==` does not: 1, 1.0 and True; 0.0 and -0.0."""
+    if isinstance(leaf, torch.Tensor):
+        raise TypeError("a torch.Tensor is neither a JAX array nor static")
+    return (type(leaf), repr(leaf) if isinstance(leaf, float | complex) else leaf)
+
+
+def _is_array(leaf: Any) -> bool:
+    if isinstance(leaf, np.ndarray | np.generic):
+        return leaf.dtype.kind not in "OSUMmV" or leaf.dtype in _EXTENDED
+    return isinstance(leaf, jax.Array)
+
+
+_EXTENDED = {jnp.dtype(t) for t in (jnp.bfloat16, jnp.float8_e4m3fn, jnp.float8_e5m2)}  # numpy's kind is V
+
+
+def _operand(leaf: Any) -> Any:
+    if isinstance(leaf, jax.Array):
+        return leaf
+    values = np.asarray(leaf)
+    wanted = jax.dtypes.canonicalize_dtype(values.dtype)
+    if values.dtype != wanted and values.dtype.kind in "iu" and values.size:
+        check_range(values, wanted, "the array")
+    return jnp.asarray(values)
+
+
+def _aval(operand: Any) -> Aval:
+    dtypes.to_torch_dtype(operand.dtype)  # raises where torch has none
+    return Aval(operand.shape, operand.dtype)

@@ -1,0 +1,97 @@
+"""A torch callable at one signature: a `Base` call over flat tensors, and how results become the output."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import torch
+
+from . import dtypes
+from .arguments import Arguments, static_key
+from .call import Aval, Base, Tensors
+from .errors import TorchCallError
+from .trace import Trace
+from .trees import flatten_registering, leaf_names
+
+
+class Specialized:
+    """What a `TorchFunction` keeps for each signature.
+
+    **Arguments:**
+
+    - `fn`: the user's callable.
+    - `arguments`: a call of the signature; only its static part is kept.
+    - `wanted`: the torch dtype each operand arrives in.
+    - `found`: what tracing found.
+    - `options`: those of `Base`.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        arguments: Arguments,
+        wanted: Sequence[torch.dtype],
+        found: Trace,
+        *,
+        name: str,
+        **options: Any,
+    ):
+        self._name, self._fn, self._fill, self._found = name, fn, arguments.filler(), found
+        self._conversions = [(dtype, i in found.mutated) for i, dtype in enumerate(wanted)]
+        self._out_dtypes = [dtypes.to_torch_dtype(aval.dtype) for aval in found.out_avals]
+        self.call = Base(
+            self._run,
+            name=name,
+            in_avals=arguments.avals,
+            out_avals=found.out_avals,
+            fakeable=found.fakeable,
+            fused_kernels=found.fused_kernels,
+            **options,
+        )
+
+    def rebuild(self, results: Sequence[Any]) -> Any:
+        """The callable's output, with arrays in the place of tensors."""
+        feed = iter(results)
+        leaves = [next(feed) if isinstance(leaf, Aval) else leaf for leaf in self._found.leaves]
+        return jax.tree.unflatten(self._found.treedef, leaves)
+
+    def _run(self, *tensors: torch.Tensor) -> Tensors:
+        """The callable over flat tensors of the JAX dtypes."""
+        args, kwargs = self._fill(
+            [_convert(x, d, copy=written) for x, (d, written) in zip(tensors, self._conversions, strict=True)]
+        )
+        output = self._fn(*args, **kwargs)
+        leaves, treedef = flatten_registering(output)
+        if treedef != self._found.treedef:
+            raise TorchCallError(
+                f"{self._name} returned {treedef} at run time, but {self._found.treedef} when it was traced (or "
+                "declared by `out_shape`). The structure of the output must not depend on values."
+            )
+        if not self._found.fakeable:
+            self._check_leaves(output, leaves)
+        outs = [y for y in leaves if isinstance(y, torch.Tensor)]
+        return tuple(y if y.dtype == d else y.to(d) for y, d in zip(outs, self._out_dtypes, strict=True))
+
+    def _check_leaves(self, output: Any, leaves: Sequence[Any]) -> None:
+        """A callable that inspects values may return something else each time."""
+        for path, leaf, expected in zip(leaf_names(output), leaves, self._found.leaves, strict=True):
+            where = f"{self._name} returned at output{path}"
+            if isinstance(expected, Aval):
+                if not isinstance(leaf, torch.Tensor):
+                    raise TorchCallError(f"{where} a {type(leaf).__name__} ({leaf!r}); expected a tensor: {expected}.")
+                if dtypes.canonical(leaf.dtype) != expected.dtype:
+                    raise TorchCallError(
+                        f"{where} a tensor of dtype {leaf.dtype}, but {expected.dtype} was traced or declared by "
+                        "`out_shape`. Correct `out_shape`, or cast the tensor."
+                    )
+            elif isinstance(leaf, torch.Tensor) or static_key(leaf) != static_key(expected):
+                raise TorchCallError(
+                    f"{where} {leaf!r}, but {expected!r} when it was traced: an output that is not a tensor must not "
+                    "depend on values. Return it as a tensor."
+                )
+
+
+def _convert(tensor: torch.Tensor, dtype: torch.dtype, *, copy: bool) -> torch.Tensor:
+    if tensor.dtype != dtype:
+        return tensor.to(dtype)
+    return tensor.clone() if copy else tensor
