@@ -1,62 +1,119 @@
-"""How a call runs over a batch: `torch.func.vmap`, natively batched, or a loop in one torch call."""
+"""`Vmap`: a torch call over a batch axis, by `torch.func.vmap`, natively batched, or as a loop in one torch call.
 
-from __future__ import annotations
+An operand that is not batched has the dim None; an *output* whose dim is None is summed over the batch. So the
+transpose of a batched linear call is the batched transpose, with the dims of operands and outputs exchanged.
+"""
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import cached_property
 
 import torch
 
 from . import dtypes
+from .call import Aval, Linearized, Tensors, TorchCall, VmapMethod, take
 from .errors import TorchCallError, quote
 from .trial import trial_run
 
-if TYPE_CHECKING:
-    from .call import Tensors, Vmap
+Dims = tuple[int | None, ...]
 
 
-def strategy(call: Vmap) -> Callable[..., Tensors]:
-    """Choose how `call` runs; every choice returns outputs batched along axis 0."""
-    if call.size == 0:
-        return lambda *tensors: _empty(call, *tensors)
-    method = call.method
-    if method == "batched" and call.inner is call.base:
-        return lambda *tensors: _batched(call, *tensors)
-    if method == "loop":
-        return lambda *tensors: _loop(call, *tensors)
-    failure = _vmap_failure(call)
-    if failure is None:
-        return lambda *tensors: _vmap(call, *tensors)
-    if method == "vmap":
-        raise TorchCallError(
-            f"vmap of {call.inner.name}: torch.func.vmap cannot batch it ({failure}). Use vmap_method='auto' or "
-            "'loop' to run it example by example, or 'batched' if it takes a leading batch axis itself."
+def vmap(call: TorchCall, in_dims: Dims, size: int) -> "Vmap":
+    """`call` over a batch of `size`, its outputs batched along axis 0."""
+    return call.derive(Vmap, in_dims, (0,) * len(call.out_avals), size, call.base.vmap_method)
+
+
+class Vmap(TorchCall):
+    """`inner` over a batch axis, at `in_dims` of its operands and `out_dims` of its outputs."""
+
+    def __init__(self, inner: TorchCall, in_dims: Dims, out_dims: Dims, size: int, method: VmapMethod):
+        super().__init__()
+        self.inner, self.in_dims, self.out_dims = inner, in_dims, out_dims
+        self.size, self.method = size, method
+        self.base, self.linear_operands = inner.base, inner.linear_operands
+        self.differentiated = self.plain_kernels = inner.differentiated
+        self.in_avals = tuple(_batched_aval(a, d, size) for a, d in zip(inner.in_avals, in_dims, strict=True))
+        self.out_avals = tuple(_batched_aval(a, d, size) for a, d in zip(inner.out_avals, out_dims, strict=True))
+
+    @property
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return f"vmap({self.inner.name})"
+
+    def linearize(self, active: tuple[int, ...]) -> Linearized | None:
+        linearized = self.inner.linearize(active)
+        if linearized is None:
+            return None
+        restricted, residuals, outs = linearized
+        return (
+            self._like(restricted, take(self.in_dims, residuals + active), take(self.out_dims, outs)),
+            residuals,
+            outs,
         )
-    if not call.base.warned:
-        call.base.warned = True
-        _warn_about_loop(call, failure)
-    return lambda *tensors: _loop(call, *tensors)
 
+    def transpose(self, linear: tuple[int, ...], outs: tuple[int, ...]) -> tuple[TorchCall, tuple[int, ...]]:
+        transposed, residuals = self.inner.transpose(linear, outs)
+        in_dims = take(self.in_dims, residuals) + take(self.out_dims, outs)
+        return self._like(transposed, in_dims, take(self.in_dims, linear)), residuals
 
-def _warn_about_loop(call: Vmap, failure: str) -> None:
-    warnings.warn(
-        f"vmap of {call.inner.name}: torch.func.vmap cannot batch it, so it runs as a loop over {call.size} "
-        f"examples inside one torch call ({failure}). Pass vmap_method='batched' if it takes a leading batch "
-        "axis itself, or vmap_method='loop' to silence this.",
-        stacklevel=2,
-    )
+    def select(self, used: tuple[int, ...]) -> tuple[TorchCall, tuple[int, ...]] | None:
+        selected = self.inner.select(used)
+        if selected is None:
+            return None
+        call, operands = selected
+        return self._like(call, take(self.in_dims, operands), take(self.out_dims, used)), operands
+
+    def _like(self, inner: TorchCall, in_dims: Dims, out_dims: Dims) -> TorchCall:
+        return inner.derive(Vmap, in_dims, out_dims, self.size, self.method)
+
+    def prepare(self) -> None:
+        self.inner.prepare()
+        self._strategy  # noqa: B018 (decides it)
+
+    @property
+    def composable(self) -> bool:
+        return self.inner.composable
+
+    def run(self, *tensors: torch.Tensor) -> Tensors:
+        batched = self._strategy(self, *tensors)
+        return tuple(y.sum(0) if d is None else y.movedim(0, d) for y, d in zip(batched, self.out_dims, strict=True))
+
+    @cached_property
+    def _strategy(self) -> "Callable[..., Tensors]":
+        """How to run; every strategy returns outputs batched along axis 0."""
+        if self.size == 0:
+            return _empty
+        if self.method == "batched" and self.inner is self.base:
+            return _batched
+        if self.method == "loop":
+            return _loop
+        failure = _vmap_failure(self)
+        if failure is None:
+            return _functional
+        if self.method == "vmap":
+            raise TorchCallError(
+                f"vmap of {self.inner.name}: torch.func.vmap cannot batch it ({failure}). Use vmap_method='auto' or "
+                "'loop' to run it example by example, or 'batched' if it takes a leading batch axis itself."
+            )
+        if not self.base.warned:
+            self.base.warned = True
+            warnings.warn(
+                f"vmap of {self.inner.name}: torch.func.vmap cannot batch it, so it runs as a loop over {self.size} "
+                f"examples inside one torch call ({failure}). Pass vmap_method='batched' if it takes a leading batch "
+                "axis itself, or vmap_method='loop' to silence this.",
+                stacklevel=2,
+            )
+        return _loop
 
 
 def _vmap_failure(call: Vmap) -> str | None:
     """Why torch.func.vmap cannot batch `call.inner`: torch's first sentence, which names the op."""
     if not call.inner.composable:
         return "it reads values, or torch.func cannot transform its derivative"
-    failure = trial_run(lambda *tensors: _vmap(call, *tensors), call.in_avals)
+    failure = trial_run(lambda *tensors: _functional(call, *tensors), call.in_avals)
     return None if failure is None else quote(failure).split(". ")[0].split("\n")[0]
 
 
-def _vmap(call: Vmap, *tensors: torch.Tensor) -> Tensors:
+def _functional(call: Vmap, *tensors: torch.Tensor) -> Tensors:
     return torch.func.vmap(call.inner.run, in_dims=call.in_dims, out_dims=0)(*tensors)
 
 
@@ -81,8 +138,15 @@ def _batched(call: Vmap, *tensors: torch.Tensor) -> Tensors:
 
 
 def _empty(call: Vmap, *tensors: torch.Tensor) -> Tensors:
+    """A batch of none; sums over it are zeros."""
     device = tensors[0].device
     return tuple(
         torch.empty((0, *aval.shape), dtype=dtypes.to_torch_dtype(aval.dtype), device=device)
         for aval in call.inner.out_avals
     )
+
+
+def _batched_aval(aval: Aval, dim: int | None, size: int) -> Aval:
+    if dim is None:
+        return aval
+    return Aval((*aval.shape[:dim], size, *aval.shape[dim:]), aval.dtype)

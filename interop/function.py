@@ -12,7 +12,7 @@ import torch
 from . import dtypes
 from .arguments import Arguments
 from .arrays import array_to_torch
-from .call import Aval, VmapMethod
+from .call import Aval, Residuals, VmapMethod
 from .errors import TorchCallError
 from .primitive import bind
 from .signature import Signature
@@ -26,6 +26,7 @@ def torch_function(
     fn: Callable[..., Any] | None = None,
     *,
     vmap_method: VmapMethod = "auto",
+    residuals: Residuals = "live",
     forward_mode: bool = True,
     out_shape: Any = None,
     example_args: Sequence[Any] | None = None,
@@ -51,6 +52,8 @@ def torch_function(
     - `vmap_method`: what `jax.vmap` does. `"vmap"`: `torch.func.vmap`; `"batched"`: one call with the batch axis
       leading in every batched array, for a function that takes batches itself; `"loop"`: example by example inside
       one call; `"auto"`: `"vmap"` where torch has the batching rules, otherwise `"loop"`, with a warning.
+    - `residuals`: what reverse mode keeps from the forward call. `"live"`: torch's autograd graph, so that the backward
+      call costs what torch's does; `"recompute"`: the arguments only, and the backward call runs the forward again.
     - `forward_mode`: with False, derivatives go through `jax.custom_vjp` and forward mode raises JAX's message;
       for torch code that has no forward-mode formula.
     - `out_shape`: a pytree of `jax.ShapeDtypeStruct` like the output, for a function that inspects values
@@ -68,6 +71,7 @@ def torch_function(
     """
     options = {
         "vmap_method": vmap_method,
+        "residuals": residuals,
         "forward_mode": forward_mode,
         "out_shape": out_shape,
         "example_args": example_args,
@@ -87,6 +91,7 @@ class TorchFunction:
         name: str | None = None,
         signature: Signature | None = None,
         vmap_method: VmapMethod = "auto",
+        residuals: Residuals = "live",
         forward_mode: bool = True,
         out_shape: Any = None,
         example_args: Sequence[Any] | None = None,
@@ -100,11 +105,17 @@ class TorchFunction:
             )
         if vmap_method not in _VMAP_METHODS:
             raise ValueError(f"vmap_method must be one of {_VMAP_METHODS}, got {vmap_method!r}.")
+        if residuals not in ("live", "recompute"):
+            raise ValueError(f"residuals must be 'live' or 'recompute', got {residuals!r}.")
         self.name = name or _name_of(fn)
         if example_args is not None and not isinstance(example_args, tuple | list):
             raise TypeError(f"example_args must be a tuple of positional arguments, got {type(example_args).__name__}.")
         self._fn, self._out_shape, self._example_args = fn, out_shape, example_args
-        self._options: dict[str, Any] = {"vmap_method": vmap_method, "forward_mode": forward_mode}
+        self._options: dict[str, Any] = {
+            "vmap_method": vmap_method,
+            "residuals": residuals,
+            "forward_mode": forward_mode,
+        }
         self._signature = signature or Signature(fn, self.name)
         self._specialized: dict[Any, Specialized] = {}
         functools.update_wrapper(self, fn, updated=())

@@ -4,13 +4,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, partial_eval
 
 from . import sharding, transport
-from .call import TorchCall, Vjp
+from .batching import vmap
+from .call import TorchCall, take
+from .derivative import Jvp, Vjp, linearize
+from .residuals import HANDLE, Save, drop_with
 
 torch_call_p = Primitive("torch_call")
 torch_call_p.multiple_results = True
@@ -28,7 +32,10 @@ _compiled = jax.jit(bind, static_argnums=0)
 
 @torch_call_p.def_impl
 def _impl(*operands: Any, call: TorchCall) -> list[jax.Array]:
-    return _compiled(call, *operands)
+    results = _compiled(call, *operands)
+    if isinstance(call, Save):
+        drop_with(results[-1])
+    return results
 
 
 @torch_call_p.def_abstract_eval
@@ -44,16 +51,29 @@ mlir.register_lowering(torch_call_p, transport.lower)
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: TorchCall) -> tuple[list[Any], list[Any]]:
     active = tuple(i for i, t in enumerate(tangents) if type(t) is not ad.Zero)
-    if not call.forward_mode:
+    if not call.base.forward_mode:
         return _reverse_only(call, active, primals, tangents)
-    tangent_call, residuals, outs = call.linearize(active)
-    out_primals = bind(call, *primals)
-    out_tangents: list[Any] = [ad.Zero(jax.typeof(y).to_tangent_aval()) for y in out_primals]
-    if outs:
-        operands = [primals[i] for i in residuals] + [tangents[i] for i in active]
-        for o, tangent in zip(outs, bind(tangent_call, *operands), strict=True):
-            out_tangents[o] = tangent
-    return out_primals, out_tangents
+    given = [tangents[i] for i in active]
+    if call.inexact_outs and _keeps_graph(call) and _maybe_linearizing(given):
+        outs = call.inexact_outs
+        *out_primals, handle = bind(call.derive(Save, active), *primals)
+        out_tangents = bind(call.derive(Jvp, active, outs, True), *primals, handle, *given)
+    else:
+        tangent_call, residuals, outs = linearize(call, active)
+        out_primals = bind(call, *primals)
+        out_tangents = bind(tangent_call, *take(primals, residuals), *given) if outs else []
+    by_output = dict(zip(outs, out_tangents, strict=True))
+    zeros = (ad.Zero(jax.typeof(y).to_tangent_aval()) for y in out_primals)
+    return out_primals, [by_output.get(o, zero) for o, zero in enumerate(zeros)]
+
+
+def _keeps_graph(call: TorchCall) -> bool:
+    return call.base.residuals == "live" and not call.differentiated and call.graphless() is None
+
+
+def _maybe_linearizing(tangents: Sequence[Any]) -> bool:
+    """Whether a transpose may follow: known tangents belong to forward mode, which has no use for a graph."""
+    return any(isinstance(t, partial_eval.JaxprTracer | partial_eval.DynamicJaxprTracer) for t in tangents)
 
 
 ad.primitive_jvps[torch_call_p] = _jvp
@@ -83,13 +103,18 @@ def _reverse_only(
     def function(*xs: Any) -> list[Any]:
         return bind(call, *xs)
 
-    def forward(*xs: Any) -> tuple[list[Any], tuple[Any, ...]]:
-        return bind(call, *xs), xs
+    live = _keeps_graph(call)
 
-    def backward(xs: tuple[Any, ...], cotangents: list[Any]) -> tuple[Any, ...]:
-        grads = bind(call.derive(Vjp, active, outs), *xs, *(cotangents[o] for o in outs))
+    def forward(*xs: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        if not live:
+            return bind(call, *xs), xs
+        *results, handle = bind(call.derive(Save, active), *xs)
+        return results, (*xs, handle)
+
+    def backward(residuals: tuple[Any, ...], cotangents: list[Any]) -> tuple[Any, ...]:
+        grads = bind(call.derive(Vjp, active, outs, live), *residuals, *take(cotangents, outs))
         by_operand = dict(zip(active, grads, strict=True))
-        return tuple(by_operand.get(i) for i in range(len(xs)))
+        return tuple(by_operand.get(i) for i in range(len(primals)))
 
     function.defvjp(forward, backward)
     instantiated = [_instantiate(x, t) for x, t in zip(primals, tangents, strict=True)]
@@ -107,10 +132,19 @@ def _instantiate(primal: Any, tangent: Any) -> Any:
 # --- batching ------------------------------------------------------------------------------------
 
 
-def _batch(operands: Sequence[Any], dims: Sequence[Any], *, call: TorchCall) -> tuple[list[Any], list[int]]:
+def _batch(operands: Sequence[Any], dims: Sequence[Any], *, call: TorchCall) -> tuple[list[Any], list[Any]]:
+    plain = call.graphless()
+    if plain is not None:  # a graph belongs to one example; batched derivatives compute anew
+        inner, kept = plain
+        outs, out_dims = _batch(take(operands, kept), take(dims, kept), call=inner)
+        if isinstance(call, Save):
+            return [*outs, jnp.zeros(HANDLE.shape, HANDLE.dtype)], [*out_dims, None]
+        return outs, out_dims
     in_dims = tuple(None if d is None else int(d) for d in dims)
+    if all(d is None for d in in_dims):
+        return bind(call, *operands), [None] * len(call.out_avals)
     size = next(x.shape[d] for x, d in zip(operands, in_dims, strict=True) if d is not None)
-    outs = bind(call.vmap(in_dims, size, call.base.vmap_method), *operands)
+    outs = bind(vmap(call, in_dims, size), *operands)
     return outs, [0] * len(outs)
 
 

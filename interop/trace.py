@@ -140,8 +140,8 @@ def _observe(
     if escaped:
         raise TorchCallError(
             f"{name} keeps argument {', '.join(escaped)} (or a view of it) after it returns: a closure, a global, a "
-            "hook or an attribute still holds the tensor, whose memory belongs to XLA and is reused at once. Return the "
-            "tensor as an output, or store `tensor.clone()`."
+            "hook or an attribute still holds the tensor, whose memory belongs to XLA and is reused at once. Return "
+            "the tensor as an output, or store `tensor.clone()`."
         )
     return Trace(treedef, leaves, frozenset(observer.mutated), frozenset(observer.fused_kernels))
 
@@ -163,8 +163,8 @@ def _describe(output: Any, name: str) -> tuple[Any, tuple[Any, ...]]:
         else:
             raise TorchCallError(
                 f"{name} returns a {type(leaf).__module__}.{type(leaf).__qualname__} at output{path}: neither a "
-                "tensor, nor a pytree of tensors, nor a static value (None, bool, number, str, dtype). Return its tensors, or "
-                "register its class with jax.tree_util.register_pytree_node."
+                "tensor, nor a pytree of tensors, nor a static value (None, bool, number, str, dtype). Return its "
+                "tensors, or register its class with jax.tree_util.register_pytree_node."
             )
     return treedef, tuple(described)
 

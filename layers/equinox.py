@@ -7,7 +7,7 @@ import jax
 import torch
 from jaxtyping import Array
 
-from ..interop.call import VmapMethod
+from ..interop.call import Residuals, VmapMethod
 from .functional_module import FunctionalModule
 
 
@@ -43,6 +43,7 @@ class TorchModule(eqx.Module):
         module: torch.nn.Module,
         *,
         vmap_method: VmapMethod = "auto",
+        residuals: Residuals = "live",
         forward_mode: bool = True,
         out_shape: Any = None,
         copy: bool = False,
@@ -52,12 +53,14 @@ class TorchModule(eqx.Module):
         - `module`: any initialised `torch.nn.Module`. It is not changed; its weights are shared with the leaves
           (same memory, through DLPack) until an update replaces the leaves, so in-place torch operations on
           `module` show through. Tied weights are one leaf.
-        - `vmap_method`, `forward_mode`, `out_shape`: as in `torchleaf.torch_function`.
+        - `vmap_method`, `residuals`, `forward_mode`, `out_shape`: as in `torchleaf.torch_function`.
         - `copy`: copy the weights instead.
 
         **Raises:** `TypeError` for lazy, scripted and float64 (without x64) modules, and those that cannot be copied.
         """
-        self.module = FunctionalModule(module, vmap_method=vmap_method, forward_mode=forward_mode, out_shape=out_shape)
+        self.module = FunctionalModule(
+            module, vmap_method=vmap_method, residuals=residuals, forward_mode=forward_mode, out_shape=out_shape
+        )
         leaves = self.module.leaves(module, copy=copy)
         self.params, self.frozen, self.buffers = leaves["params"], leaves["frozen"], leaves["buffers"]
         self.inference = not module.training

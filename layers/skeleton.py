@@ -46,8 +46,8 @@ def copy_replacing(module: torch.nn.Module, replacements: Mapping[torch.Tensor, 
     except Exception as exc:
         raise TypeError(
             f"{type(module).__name__} cannot be copied with copy.deepcopy ({type(exc).__name__}: {exc}); torchleaf "
-            "keeps a copy of the module without its weights. Remove the attribute that cannot be copied, or give its class a "
-            "__deepcopy__."
+            "keeps a copy of the module without its weights. Remove the attribute that cannot be copied, or give its "
+            "class a __deepcopy__."
         ) from exc
 
 

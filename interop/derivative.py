@@ -1,0 +1,199 @@
+"""`Jvp` and `Vjp`: the derivatives of a torch call as torch calls, linear and each other's transpose.
+
+Cotangents follow JAX's convention: for complex values they are the conjugate of torch's gradients.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+
+from . import residuals, reverse
+from .call import Aval, Linearized, Tensors, TorchCall, take
+from .trial import trial_run
+
+
+def linearize(call: TorchCall, active: tuple[int, ...]) -> Linearized:
+    """The tangent map of `call` with respect to `active`: see `TorchCall.linearize`."""
+    plain = call.graphless()
+    if plain is not None and call.linearize(active) is None:
+        inner, operands = plain
+        position = {operand: i for i, operand in enumerate(operands)}
+        tangent_call, kept, outs = linearize(inner, tuple(position[i] for i in active))
+        return tangent_call, take(operands, kept), outs
+    residual_operands = tuple(range(len(call.in_avals)))
+    return call.linearize(active) or (
+        call.derive(Jvp, active, call.inexact_outs, False),
+        residual_operands,
+        call.inexact_outs,
+    )
+
+
+class _Derivative(TorchCall):
+    """What `Jvp` and `Vjp` share.
+
+    Operands: those of `inner`, then (if `live`) the handle of its graph, then the linear ones.
+    """
+
+    def __init__(self, inner: TorchCall, active: tuple[int, ...], outs: tuple[int, ...], live: bool):
+        super().__init__()
+        self.inner, self.active, self.outs, self.live = inner, active, outs, live
+        self.base, self.differentiated = inner.base, True
+        self.plain_kernels = inner.differentiated or isinstance(self, Jvp)
+        self.n_inner = len(inner.in_avals)
+        self.n_primals = self.n_inner + live
+        linear_avals, self.out_avals = self._direction(take(inner.in_avals, active), take(inner.out_avals, outs))
+        self.in_avals = (*inner.in_avals, *([residuals.HANDLE] * live), *linear_avals)
+        self.linear_operands = frozenset(range(self.n_primals, len(self.in_avals)))
+
+    @staticmethod
+    def _direction(active: tuple[Aval, ...], outs: tuple[Aval, ...]) -> tuple[tuple[Aval, ...], tuple[Aval, ...]]:
+        """Avals of the linear operands and of the outputs."""
+        raise AssertionError("abstract")
+
+    def _restrict(self, operands: tuple[int, ...], outs: tuple[int, ...]) -> TorchCall:
+        """The same map from fewer linear operands to fewer outputs (numbered within each)."""
+        raise AssertionError("abstract")
+
+    def prepare(self) -> None:
+        self.inner.prepare()
+
+    def linearize(self, active: tuple[int, ...]) -> Linearized | None:
+        if not self.linear_operands.issuperset(active):
+            return None
+        every = tuple(range(len(self.out_avals)))
+        restricted = self._restrict(tuple(i - self.n_primals for i in active), every)
+        return restricted, tuple(range(self.n_primals)), every
+
+    def select(self, used: tuple[int, ...]) -> tuple[TorchCall, tuple[int, ...]] | None:
+        every = tuple(range(len(self.in_avals)))
+        return self._restrict(tuple(range(len(every) - self.n_primals)), used), every
+
+    def graphless(self) -> tuple[TorchCall, tuple[int, ...]] | None:
+        if not self.live:
+            return None
+        operands = tuple(i for i in range(len(self.in_avals)) if i != self.n_inner)
+        return self.inner.derive(type(self), self.active, self.outs, False), operands
+
+    def _split(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
+        return tensors[: self.n_inner], tensors[self.n_primals :]
+
+    def _handle(self, tensors: Tensors) -> torch.Tensor | None:
+        return tensors[self.n_inner] if self.live else None
+
+    def _function(self, primals: Tensors) -> tuple[Callable[..., Tensors], Tensors]:
+        """The chosen outputs as a function of the active operands alone, and those operands."""
+
+        def function(*active: torch.Tensor) -> Tensors:
+            operands = list(primals)
+            for i, x in zip(self.active, active, strict=True):
+                operands[i] = x
+            return take(self.inner.run(*operands), self.outs)
+
+        return function, take(primals, self.active)
+
+
+class Jvp(_Derivative):
+    """`(x, t) -> J(x) t`: tangents of the outputs `outs` from tangents of the operands `active`."""
+
+    @property
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return f"jvp({self.inner.name})"
+
+    @staticmethod
+    def _direction(active: tuple[Aval, ...], outs: tuple[Aval, ...]) -> tuple[tuple[Aval, ...], tuple[Aval, ...]]:
+        return active, outs
+
+    def _restrict(self, operands: tuple[int, ...], outs: tuple[int, ...]) -> TorchCall:
+        return self.inner.derive(Jvp, take(self.active, operands), take(self.outs, outs), self.live)
+
+    def transpose(self, linear: tuple[int, ...], outs: tuple[int, ...]) -> tuple[TorchCall, tuple[int, ...]]:
+        active = take(self.active, [i - self.n_primals for i in linear])
+        return self.inner.derive(Vjp, active, take(self.outs, outs), self.live), tuple(range(self.n_primals))
+
+    def run(self, *tensors: torch.Tensor) -> Tensors:
+        primals, tangents = self._split(tensors)
+        function, xs = self._function(primals)
+        return self._strategy(function, xs, tangents)
+
+    def execute(self, *tensors: torch.Tensor) -> Tensors:
+        residuals.discard(self._handle(tensors))  # forward mode has no use for a graph
+        return self.run(*tensors)
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.composable  # noqa: B018 (decides the strategy)
+
+    @property
+    def composable(self) -> bool:
+        return self._strategy is not reverse.pushforward
+
+    @cached_property
+    def _strategy(self) -> Callable[..., Tensors]:
+        """Forward mode where torch has every formula; else reverse mode twice; else plain autograd."""
+        for strategy in (_forward_mode, _reverse_twice) if self.inner.composable else ():
+            if trial_run(self._trial(strategy), self.in_avals) is None:
+                return strategy
+        return reverse.pushforward
+
+    def _trial(self, strategy: Callable[..., Tensors]) -> Callable[..., Tensors]:
+        def run(*tensors: torch.Tensor) -> Tensors:
+            primals, tangents = self._split(tensors)
+            return strategy(*self._function(primals), tangents)
+
+        return run
+
+
+def _forward_mode(function: Callable[..., Tensors], xs: Tensors, tangents: Tensors) -> Tensors:
+    return torch.func.jvp(function, xs, tangents)[1]
+
+
+def _reverse_twice(function: Callable[..., Tensors], xs: Tensors, tangents: Tensors) -> Tensors:
+    outs, pullback, *_ = torch.func.vjp(function, *xs)
+    # ct -> J^H ct is linear, so its own pullback, at any ct, is t -> J t.
+    _, pushforward, *_ = torch.func.vjp(pullback, tuple(torch.zeros_like(y) for y in outs))
+    return pushforward(tangents)[0]
+
+
+class Vjp(_Derivative):
+    """`(x, ct) -> J(x)^T ct`: cotangents of the operands `active` from cotangents of the outputs `outs`."""
+
+    @property
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return f"vjp({self.inner.name})"
+
+    @staticmethod
+    def _direction(active: tuple[Aval, ...], outs: tuple[Aval, ...]) -> tuple[tuple[Aval, ...], tuple[Aval, ...]]:
+        return outs, active
+
+    def _restrict(self, operands: tuple[int, ...], outs: tuple[int, ...]) -> TorchCall:
+        return self.inner.derive(Vjp, take(self.active, outs), take(self.outs, operands), self.live)
+
+    def transpose(self, linear: tuple[int, ...], outs: tuple[int, ...]) -> tuple[TorchCall, tuple[int, ...]]:
+        chosen = take(self.outs, [i - self.n_primals for i in linear])
+        return self.inner.derive(Jvp, take(self.active, outs), chosen, self.live), tuple(range(self.n_primals))
+
+    def run(self, *tensors: torch.Tensor) -> Tensors:
+        return self._functional(*tensors) if self.composable else self._autograd(*tensors)
+
+    def execute(self, *tensors: torch.Tensor) -> Tensors:
+        graph = residuals.take_graph(self._handle(tensors))
+        if graph is None or not graph.reaches(self.active):
+            return self._autograd(*tensors)  # outermost, torch.autograd is cheaper than torch.func and supports more
+        primals, cotangents = self._split(tensors)
+        return reverse.conj(graph.pullback(primals, self.active, self.outs, reverse.conj(cotangents)))
+
+    @cached_property
+    def composable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.inner.composable and trial_run(self._functional, self.in_avals) is None
+
+    def _functional(self, *tensors: torch.Tensor) -> Tensors:
+        primals, cotangents = self._split(tensors)
+        function, xs = self._function(primals)
+        _, pullback, *_ = torch.func.vjp(function, *xs)
+        return reverse.conj(pullback(reverse.conj(cotangents)))
+
+    def _autograd(self, *tensors: torch.Tensor) -> Tensors:
+        primals, cotangents = self._split(tensors)
+        function, xs = self._function(primals)
+        return reverse.conj(reverse.pullback(function, xs, reverse.conj(cotangents)))
