@@ -87,11 +87,8 @@ def static_key(leaf: Any) -> Any:
 
 def _is_array(leaf: Any) -> bool:
     if isinstance(leaf, np.ndarray | np.generic):
-        return leaf.dtype.kind not in "OSUMmV" or leaf.dtype in _EXTENDED
+        return dtypes.has_torch_dtype(leaf.dtype)
     return isinstance(leaf, jax.Array)
-
-
-_EXTENDED = {jnp.dtype(t) for t in (jnp.bfloat16, jnp.float8_e4m3fn, jnp.float8_e5m2)}  # numpy's kind is V
 
 
 def _operand(leaf: Any) -> Any:

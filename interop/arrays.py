@@ -77,10 +77,11 @@ def tensor_to_jax(tensor: torch.Tensor, *, copy: bool = False, name: str = "the 
             f"to_jax: {name} is a {'meta' if tensor.device.type == 'meta' else 'fake'} tensor of "
             f"shape {tuple(tensor.shape)}: it has no data. Materialise it first, e.g. with `module.to_empty(...)`."
         )
-    if tensor.layout != torch.strided or tensor.is_quantized:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        kind = f"{'nested ' if tensor.is_nested else ''}of layout {tensor.layout} and dtype {tensor.dtype}"
         raise TypeError(
-            f"to_jax: {name} has layout {tensor.layout} and dtype {tensor.dtype}; JAX needs dense memory. "
-            "Convert it first with `.to_dense()` or `.dequantize()`."
+            f"to_jax: {name} is {kind}; JAX needs one dense array. Convert it first, with `.to_dense()`, "
+            "`.dequantize()` or `.to_padded_tensor(0.)`."
         )
     wanted = dtypes.canonical(tensor.dtype)
     # torch warns when `detach` meets a subclass that forbids it; views keep pointer and strides.

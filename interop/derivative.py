@@ -39,7 +39,7 @@ class _Derivative(TorchCall):
         super().__init__()
         self.inner, self.active, self.outs, self.live = inner, active, outs, live
         self.base, self.differentiated = inner.base, True
-        self.plain_kernels = inner.differentiated or isinstance(self, Jvp)
+        self.plain_kernels = inner.plain_kernels or inner.differentiated or isinstance(self, Jvp)
         self.n_inner = len(inner.in_avals)
         self.n_primals = self.n_inner + live
         linear_avals, self.out_avals = self._direction(take(inner.in_avals, active), take(inner.out_avals, outs))

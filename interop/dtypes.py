@@ -1,5 +1,7 @@
 """Which torch dtype stands for which JAX dtype, and what JAX makes of torch's 64-bit ones."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +43,12 @@ def to_jax_dtype(dtype: torch.dtype) -> np.dtype:
         ) from None
 
 
-def to_torch_dtype(dtype: np.dtype) -> torch.dtype:
+def has_torch_dtype(dtype: Any) -> bool:
+    """Whether torch has the dtype."""
+    return dtype in _JAX_TO_TORCH
+
+
+def to_torch_dtype(dtype: Any) -> torch.dtype:
     """The torch dtype of the same bits; `TypeError` if there is none."""
     try:
         return _JAX_TO_TORCH[dtype]
@@ -57,7 +64,7 @@ def canonical(dtype: torch.dtype) -> np.dtype:
     return jnp.dtype(jax.dtypes.canonicalize_dtype(to_jax_dtype(dtype)))
 
 
-def operand_dtype(dtype: np.dtype) -> torch.dtype:
+def operand_dtype(dtype: Any) -> torch.dtype:
     """The torch dtype a torch callable sees for a JAX operand.
 
     JAX's default integer stands for torch's default integer: without x64 a JAX program
@@ -68,6 +75,6 @@ def operand_dtype(dtype: np.dtype) -> torch.dtype:
     return to_torch_dtype(dtype)
 
 
-def is_inexact(dtype: np.dtype) -> bool:
+def is_inexact(dtype: Any) -> bool:
     """Whether values of this dtype carry tangents."""
     return jnp.issubdtype(dtype, jnp.inexact)

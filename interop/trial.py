@@ -31,10 +31,21 @@ def empty_like_avals(avals: Sequence[Any]) -> tuple[torch.Tensor, ...]:
     return tuple(torch.empty(a.shape, dtype=dtypes.to_torch_dtype(a.dtype)) for a in avals)
 
 
+@contextlib.contextmanager
+def _without_vmap_fallback() -> Iterator[None]:
+    """Make `torch.func.vmap` fail where it lacks a batching rule, instead of looping over that op with a warning."""
+    enabled = torch._C._functorch._is_vmap_fallback_enabled()
+    torch._C._functorch._set_vmap_fallback_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._functorch._set_vmap_fallback_enabled(enabled)
+
+
 def trial_run(function: Callable[..., Any], avals: Sequence[Any]) -> Exception | None:
     """Run `function` on fake tensors; the exception it raised, if any."""
     try:
-        with fake_mode(), plain_kernels():
+        with fake_mode(), plain_kernels(), _without_vmap_fallback():
             function(*empty_like_avals(avals))
     except Exception as exc:
         return exc
