@@ -64,3 +64,8 @@ def raw_bytes(x: jax.Array | np.ndarray | torch.Tensor) -> bytes:
         x = x.detach().cpu().clone(memory_format=torch.contiguous_format).resolve_conj().resolve_neg().reshape(-1)
         return x.view(torch.uint8).numpy().tobytes() if x.numel() else b""
     return np.asarray(x).tobytes()
+
+
+def as_torch(x: jax.Array) -> torch.Tensor:
+    """A tensor of the same values in memory of its own, for dtypes NumPy has."""
+    return torch.from_numpy(np.array(x))
