@@ -1,6 +1,6 @@
 """The arguments of one call: arrays become flat operands, everything else is static."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,21 +14,32 @@ from .call import Aval
 from .signature import Signature
 from .trees import flatten_registering
 
+Filler = Callable[[Sequence[torch.Tensor]], tuple[tuple[Any, ...], dict[str, Any]]]
+
 
 class Arguments:
     """`(args, kwargs)` of a call, taken apart.
 
+    `leading` are arrays, by name, that precede them: the weights of a module.
     `operands` are the array leaves as JAX arrays or tracers, `avals` theirs; `key` identifies all that is static.
     Raises a `TypeError` that names the argument for leaves that can be neither.
     """
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], signature: Signature):
+    def __init__(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        signature: Signature,
+        leading: Mapping[str, Any] | None = None,
+    ):
+        self._leading = leading or {}
         leaves, self._treedef = flatten_registering((args, kwargs))
         self._is_array = tuple(map(_is_array, leaves))
         self._signature, self._args, self._kwargs = signature, args, kwargs
         try:
             self._statics = tuple(None if arr else x for x, arr in zip(leaves, self._is_array, strict=True))
-            self.operands = [_operand(x) for x, arr in zip(leaves, self._is_array, strict=True) if arr]
+            arrays = [x for x, arr in zip(leaves, self._is_array, strict=True) if arr]
+            self.operands = [_operand(x) for x in (*self._leading.values(), *arrays)]
             self.avals = tuple(_aval(x) for x in self.operands)
             self.key = (self._treedef, self._is_array, tuple(map(static_key, self._statics)), self.avals)
             hash(self.key)
@@ -39,14 +50,14 @@ class Arguments:
     def names(self) -> list[str]:
         """The operands as the user wrote them: `x`, `targets['label']`."""
         names = self._signature.leaf_names(self._args, self._kwargs)
-        return [n for n, arr in zip(names, self._is_array, strict=True) if arr]
+        return [*self._leading, *(n for n, arr in zip(names, self._is_array, strict=True) if arr)]
 
     def check_signature(self) -> None:
         """`TypeError` naming an argument that is missing or unknown."""
         self._signature.check(self._args, self._kwargs)
 
-    def filler(self) -> Callable[[Sequence[torch.Tensor]], tuple[tuple[Any, ...], dict[str, Any]]]:
-        """A function from tensors for the operands to `(args, kwargs)`; it holds no array."""
+    def filler(self) -> Filler:
+        """A function from tensors, for the operands that are not leading, to `(args, kwargs)`; it holds no array."""
         treedef, is_array, statics = self._treedef, self._is_array, self._statics
 
         def fill(tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -58,8 +69,9 @@ class Arguments:
 
     def _reject(self, leaves: Sequence[Any]) -> None:
         """Raise for the first leaf that cannot be passed, by name."""
-        names = self._signature.leaf_names(self._args, self._kwargs)
-        for name, leaf, arr in zip(names, leaves, self._is_array, strict=True):
+        names = [*self._leading, *self._signature.leaf_names(self._args, self._kwargs)]
+        is_array = (*(True for _ in self._leading), *self._is_array)
+        for name, leaf, arr in zip(names, (*self._leading.values(), *leaves), is_array, strict=True):
             where = f"{self._signature.name}: argument {name}"
             if isinstance(leaf, torch.Tensor):
                 raise TypeError(

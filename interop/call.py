@@ -149,8 +149,11 @@ class Base(TorchCall):
 def execute(call: TorchCall, *tensors: torch.Tensor) -> Tensors:
     """Run a call outermost, on the thread of the compiled program."""
     kernels = call.base.fused_kernels
-    with torch.no_grad(), differentiable_path(kernels), plain_kernels(kernels if call.plain_kernels else NONE):
-        return call.execute(*tensors)
+    with torch.no_grad():
+        if not kernels:
+            return call.execute(*tensors)
+        with differentiable_path(kernels), plain_kernels(kernels if call.plain_kernels else NONE):
+            return call.execute(*tensors)
 
 
 def take(items: Sequence[Any], indices: Sequence[int]) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ import jax
 import torch
 
 from . import dtypes
-from .arguments import Arguments
+from .arguments import Arguments, Filler
 from .arrays import array_to_torch
 from .call import Aval, Residuals, VmapMethod
 from .errors import TorchCallError
@@ -18,6 +18,9 @@ from .primitive import bind
 from .signature import Signature
 from .specialize import Specialized
 from .trace import Trace, trace
+
+Flat = Callable[..., Any]
+"""A function of flat tensors that returns a pytree."""
 
 _VMAP_METHODS = ("auto", "vmap", "batched", "loop")
 
@@ -89,7 +92,6 @@ class TorchFunction:
         fn: Callable[..., Any],
         *,
         name: str | None = None,
-        signature: Signature | None = None,
         vmap_method: VmapMethod = "auto",
         residuals: Residuals = "live",
         forward_mode: bool = True,
@@ -116,7 +118,7 @@ class TorchFunction:
             "residuals": residuals,
             "forward_mode": forward_mode,
         }
-        self._signature = signature or Signature(fn, self.name)
+        self._signature = Signature(fn, self.name)
         self._specialized: dict[Any, Specialized] = {}
         functools.update_wrapper(self, fn, updated=())
 
@@ -127,22 +129,35 @@ class TorchFunction:
         return f"torch_function({self.name})"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = Arguments(args, kwargs, self._signature)
+        return self.apply(Arguments(args, kwargs, self._signature))
+
+    def apply(self, arguments: Arguments) -> Any:
+        """Call with arguments already taken apart."""
         key = (arguments.key, jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
         specialized = self._specialized.get(key)
         if specialized is None:
             specialized = self._specialized[key] = self._specialize(arguments)
         return specialized.rebuild(bind(specialized.call, *arguments.operands))
 
-    # Hooks for callables whose first argument is a module's weights.
+    # Hooks for the methods of modules, whose leading operands are weights.
 
     def operand_dtypes(self, avals: Sequence[Aval]) -> list[torch.dtype]:
         """The torch dtypes the flat operands arrive in."""
         return [dtypes.operand_dtype(a.dtype) for a in avals]
 
-    def observed(self, *args: Any, **kwargs: Any) -> Any:
-        """The callable as it runs while it is traced."""
-        return self._fn(*args, **kwargs)
+    def runner(self, fill: Filler) -> Flat:
+        """The callable over flat tensors, as compiled programs run it."""
+        fn = self._fn
+
+        def run(*tensors: torch.Tensor) -> Any:
+            args, kwargs = fill(tensors)
+            return fn(*args, **kwargs)
+
+        return run
+
+    def observer(self, fill: Filler) -> Flat:
+        """The callable over flat tensors, as it runs while it is traced."""
+        return self.runner(fill)
 
     def check(self, found: Trace) -> None:
         """Refuse what the trace found and the call cannot do."""
@@ -151,13 +166,8 @@ class TorchFunction:
         """Trace the callable for one signature."""
         arguments.check_signature()
         wanted, fill = self.operand_dtypes(arguments.avals), arguments.filler()
-
-        def observed(*tensors: torch.Tensor) -> Any:
-            args, kwargs = fill(tensors)
-            return self.observed(*args, **kwargs)
-
         found = trace(
-            observed,
+            self.observer(fill),
             [(a.shape, d) for a, d in zip(arguments.avals, wanted, strict=True)],
             name=self.name,
             operand_names=arguments.names(),
@@ -165,7 +175,7 @@ class TorchFunction:
             example=lambda: self._example(arguments, wanted),
         )
         self.check(found)
-        return Specialized(self._fn, arguments, wanted, found, name=self.name, **self._options)
+        return Specialized(self.runner(fill), arguments.avals, wanted, found, name=self.name, **self._options)
 
     def _example(self, arguments: Arguments, wanted: Sequence[torch.dtype]) -> list[torch.Tensor] | None:
         """Values to run the callable on once: `example_args` of the same shapes, or the arguments if not traced."""

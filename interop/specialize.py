@@ -7,7 +7,7 @@ import jax
 import torch
 
 from . import dtypes
-from .arguments import Arguments, static_key
+from .arguments import static_key
 from .call import Aval, Base, Tensors
 from .errors import TorchCallError
 from .trace import Trace
@@ -19,8 +19,8 @@ class Specialized:
 
     **Arguments:**
 
-    - `fn`: the user's callable.
-    - `arguments`: a call of the signature; only its static part is kept.
+    - `function`: the callable over flat tensors.
+    - `in_avals`: the operands.
     - `wanted`: the torch dtype each operand arrives in.
     - `found`: what tracing found.
     - `options`: those of `Base`.
@@ -28,21 +28,26 @@ class Specialized:
 
     def __init__(
         self,
-        fn: Callable[..., Any],
-        arguments: Arguments,
+        function: Callable[..., Any],
+        in_avals: Sequence[Aval],
         wanted: Sequence[torch.dtype],
         found: Trace,
         *,
         name: str,
         **options: Any,
     ):
-        self._name, self._fn, self._fill, self._found = name, fn, arguments.filler(), found
-        self._conversions = [(dtype, i in found.mutated) for i, dtype in enumerate(wanted)]
+        self._name, self._function, self._found = name, function, found
+        given = [dtypes.to_torch_dtype(aval.dtype) for aval in in_avals]
+        self._conversions = [
+            (i, new, i in found.mutated)
+            for i, (old, new) in enumerate(zip(given, wanted, strict=True))
+            if old != new or i in found.mutated
+        ]
         self._out_dtypes = [dtypes.to_torch_dtype(aval.dtype) for aval in found.out_avals]
         self.call = Base(
             self._run,
             name=name,
-            in_avals=arguments.avals,
+            in_avals=in_avals,
             out_avals=found.out_avals,
             fakeable=found.fakeable,
             fused_kernels=found.fused_kernels,
@@ -57,10 +62,12 @@ class Specialized:
 
     def _run(self, *tensors: torch.Tensor) -> Tensors:
         """The callable over flat tensors of the JAX dtypes."""
-        args, kwargs = self._fill(
-            [_convert(x, d, copy=written) for x, (d, written) in zip(tensors, self._conversions, strict=True)]
-        )
-        output = self._fn(*args, **kwargs)
+        if self._conversions:
+            converted = list(tensors)
+            for i, dtype, written in self._conversions:
+                converted[i] = _convert(tensors[i], dtype, copy=written)
+            tensors = tuple(converted)
+        output = self._function(*tensors)
         leaves, treedef = flatten_registering(output)
         if treedef != self._found.treedef:
             raise TorchCallError(

@@ -1,19 +1,15 @@
 """The way from a compiled XLA program to a torch call: views of XLA's buffers, no copies, no compiler.
 
-`jax-tvm-ffi` registers one Python function per platform as an XLA FFI target. It receives
-`torch.Tensor`s that view XLA's operand and result buffers, and a number that stands for the
-`TorchCall`. Numbers start at random in each process, so that a program which JAX's persistent
-compilation cache took from another process can never reach a callable of this one.
+`jax-tvm-ffi` registers one Python function per platform as an XLA FFI target. It receives `torch.Tensor`s that view
+XLA's operand and result buffers, and the number of a program (`program.py`). Where no target is registered for the
+platform, `jax.pure_callback` carries the call.
 
-Where no target is registered for the platform, `jax.pure_callback` carries the call.
+Source: [JAX FFI](https://docs.jax.dev/en/latest/ffi.html), [jax-tvm-ffi](https://github.com/NVIDIA/jax-tvm-ffi).
 """
 
 import atexit
 import functools
-import itertools
-import secrets
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,64 +20,34 @@ import torch
 from jax.interpreters import mlir
 
 from . import dtypes
-from .call import Aval, TorchCall, execute
-from .errors import TorchCallError, runtime_message
+from .call import Aval, TorchCall
+from .program import is_complex, part_avals, program_of, run_program
 
 _TARGET = "torchleaf_call"
-_numbers = itertools.count(secrets.randbits(62))
-_number_of: weakref.WeakKeyDictionary[TorchCall, int] = weakref.WeakKeyDictionary()
-_call_of: weakref.WeakValueDictionary[int, TorchCall] = weakref.WeakValueDictionary()
 
 
 def lower(ctx: mlir.LoweringRuleContext, *operands: Any, call: TorchCall) -> Any:
     """MLIR lowering of one torch call. The executable keeps the callable alive."""
     call.prepare()
     ctx.module_context.add_keepalive(call)
-    if set(ctx.module_context.platforms) <= _registered_platforms():
-        return mlir.lower_fun(functools.partial(_ffi_call, call), multiple_results=True)(ctx, *operands)
-    return mlir.lower_fun(functools.partial(_host_call, call), multiple_results=True)(ctx, *operands)
-
-
-def _number(call: TorchCall) -> int:
-    if call not in _number_of:
-        number = next(_numbers)
-        _number_of[call], _call_of[number] = number, call
-    return _number_of[call]
+    has_target = set(ctx.module_context.platforms) <= _registered_platforms()
+    carry = functools.partial(_ffi_call if has_target else _host_call, call)
+    return mlir.lower_fun(carry, multiple_results=True)(ctx, *operands)
 
 
 # --- XLA FFI -----------------------------------------------------------------------------------
 
 
 def _ffi_call(call: TorchCall, *operands: jax.Array) -> list[jax.Array]:
-    buffers = [part for x in operands for part in _parts(x)]
-    result_avals = [part for aval in call.out_avals for part in _part_avals(aval)]
-    results = jax.ffi.ffi_call(_TARGET, result_avals)(*buffers, number=np.int64(_number(call)))
-    return _join_arrays(call.out_avals, results)
+    target = jax.ffi.ffi_call(_TARGET, part_avals(call.out_avals))
+    return _join(call.out_avals, target(*_parts(operands), number=np.int64(program_of(call).number)))
 
 
-def _entry(number: int, *buffers: torch.Tensor) -> None:
-    """What XLA calls: operands, then results to be written."""
-    call = _call_of.get(number)
-    if call is None:
-        raise TorchCallError(
-            "This program holds a torch call that is not alive in this process: it was compiled by another one "
-            "(exported or serialised). Trace and compile it here; a torch callable cannot be serialised."
-        )
-    failure = None
-    try:
-        operands, results = _join_tensors(call.in_avals, buffers)
-        _write(call, execute(call, *operands), results)
-    except Exception as exc:  # every exception of the user's code must cross XLA as text
-        failure = runtime_message(call.base.name, exc)
-    if failure is not None:  # raised here, the error holds no frame that views XLA's buffers
-        raise TorchCallError(failure)
-
-
-def _entry_cuda(number: int, stream: int, *buffers: torch.Tensor) -> None:
-    """As `_entry`, on XLA's stream and device, without synchronising either."""
+def _run_on_cuda(number: int, stream: int, *buffers: torch.Tensor) -> None:
+    """Run on XLA's stream and device, without synchronising either."""
     device = buffers[0].device
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.ExternalStream(stream, device=device)):
-        _entry(number, *buffers)
+        run_program(number, *buffers)
 
 
 @functools.cache
@@ -103,8 +69,8 @@ def _registered_platforms() -> frozenset[str]:
         )
 
     atexit.register(_drain)
-    register(_entry, "cpu", [])
-    register(_entry_cuda, "gpu", ["ctx.stream"])
+    register(run_program, "cpu", [])
+    register(_run_on_cuda, "gpu", ["ctx.stream"])
     return frozenset({"cpu", "cuda"})
 
 
@@ -121,26 +87,25 @@ def _drain() -> None:
 
 
 @functools.cache
-def _warn_about_callback(platforms: tuple[str, ...]) -> None:
+def _warn_about_callback(platform: str) -> None:
     warnings.warn(
-        f"torchleaf has no XLA FFI target for {', '.join(platforms)} (package jax-tvm-ffi), so torch calls go through "
+        f"torchleaf has no XLA FFI target for {platform} (package jax-tvm-ffi), so torch calls go through "
         "jax.pure_callback: results are the same, every call copies its operands and results and costs more.",
         stacklevel=2,
     )
 
 
 def _host_call(call: TorchCall, *operands: jax.Array) -> list[jax.Array]:
-    _warn_about_callback((jax.default_backend(),))
-    result_avals = tuple(part for aval in call.out_avals for part in _part_avals(aval))
+    _warn_about_callback(jax.default_backend())
+    result_avals = tuple(part_avals(call.out_avals))
 
     def host(*arrays: Any) -> tuple[np.ndarray, ...]:
         tensors = [_from_numpy(np.asarray(a)) for a in arrays]
         results = [torch.empty(a.shape, dtype=dtypes.to_torch_dtype(a.dtype)) for a in result_avals]
-        _entry(_number(call), *tensors, *results)
+        run_program(program_of(call).number, *tensors, *results)
         return tuple(_to_numpy(t, a.dtype) for t, a in zip(results, result_avals, strict=True))
 
-    buffers = [part for x in operands for part in _parts(x)]
-    return _join_arrays(call.out_avals, jax.pure_callback(host, result_avals, *buffers))
+    return _join(call.out_avals, jax.pure_callback(host, result_avals, *_parts(operands)))
 
 
 def _from_numpy(array: np.ndarray) -> torch.Tensor:
@@ -156,42 +121,10 @@ def _to_numpy(tensor: torch.Tensor, dtype: np.dtype) -> np.ndarray:
 # --- complex values travel as their real and imaginary parts -------------------------------------
 
 
-def _is_complex(aval: Any) -> bool:
-    return jnp.issubdtype(aval.dtype, jnp.complexfloating)
+def _parts(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    return [part for x in arrays for part in ((x.real, x.imag) if is_complex(x) else (x,))]
 
 
-def _parts(x: jax.Array) -> list[jax.Array]:
-    return [x.real, x.imag] if _is_complex(x) else [x]
-
-
-def _part_avals(aval: Aval) -> list[Aval]:
-    if not _is_complex(aval):
-        return [aval]
-    return [Aval(aval.shape, jnp.finfo(aval.dtype).dtype)] * 2
-
-
-def _join_arrays(avals: Sequence[Aval], parts: Sequence[jax.Array]) -> list[jax.Array]:
+def _join(avals: Sequence[Aval], parts: Sequence[jax.Array]) -> list[jax.Array]:
     feed = iter(parts)
-    return [jax.lax.complex(next(feed), next(feed)) if _is_complex(a) else next(feed) for a in avals]
-
-
-def _join_tensors(avals: Sequence[Aval], buffers: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Any]:
-    feed = iter(buffers)
-    operands = [torch.complex(next(feed), next(feed)) if _is_complex(a) else next(feed) for a in avals]
-    return operands, feed
-
-
-def _write(call: TorchCall, outs: Sequence[torch.Tensor], results: Any) -> None:
-    """Write what torch returned into XLA's result buffers."""
-    for i, (out, aval) in enumerate(zip(outs, call.out_avals, strict=True)):
-        if tuple(out.shape) != aval.shape:
-            raise TorchCallError(
-                f"{call.name}: output {i} has shape {tuple(out.shape)} at run time, but {aval.shape} was traced or "
-                "declared by `out_shape`. XLA needs shapes that do not depend on values: return a padded array and "
-                "a mask."
-            )
-        if _is_complex(aval):
-            next(results).copy_(out.real)
-            next(results).copy_(out.imag if out.is_complex() else torch.zeros_like(out))
-        else:
-            next(results).copy_(out)
+    return [jax.lax.complex(next(feed), next(feed)) if is_complex(a) else next(feed) for a in avals]

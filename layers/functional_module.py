@@ -13,13 +13,22 @@ import torch
 from torch.nn.parameter import UninitializedTensorMixin
 
 from ..interop import dtypes
+from ..interop.arguments import Arguments, Filler
 from ..interop.arrays import tensor_to_jax
 from ..interop.call import Aval
 from ..interop.errors import StateError, TorchCallError
-from ..interop.function import TorchFunction
-from ..interop.signature import Signature
+from ..interop.function import Flat, TorchFunction
 from ..interop.trace import Trace
-from .skeleton import SkeletonPool, assigned_attributes, copy_replacing, in_mode, keep_attributes, stray_tensors
+from .skeleton import (
+    SkeletonPool,
+    assigned_attributes,
+    attribute_values,
+    copy_replacing,
+    in_mode,
+    named_tensors,
+    put_back,
+    stray_tensors,
+)
 
 Kind = Literal["params", "frozen", "buffers"]
 Weights = Mapping[str, torch.Tensor]
@@ -102,51 +111,63 @@ class FunctionalModule:
 
 
 class _ModuleFunction(TorchFunction):
-    """One method of a module in one mode; its first argument is the dict of weights."""
+    """One method of a module in one mode; its leading operands are the weights, sorted by name."""
 
     def __init__(self, module: FunctionalModule, method: str, pool: SkeletonPool):
         self._module, self._method, self._pool = module, method, pool
+        self._names = sorted(module.specs)
         self._assigned: set[tuple[str, str]] = set()
         name = module.name if method == "forward" else f"{module.name}.{method}"
-        signature = _WeightsFirst(getattr(module.skeleton, method), name)
-        super().__init__(self._run, name=name, signature=signature, **module._options)
+        super().__init__(getattr(module.skeleton, method), name=name, **module._options)
 
-    def _run(self, weights: Weights, *args: Any, **kwargs: Any) -> Any:
-        with self._pool.borrow() as skeleton, keep_attributes(skeleton, self._assigned):
-            return self._functional_call(skeleton, weights, args, kwargs)
+    def __call__(self, weights: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        leading = {name: weights[name] for name in self._names}
+        return self.apply(Arguments(args, kwargs, self._signature, leading))
 
-    def _functional_call(
-        self, skeleton: torch.nn.Module, weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]
+    def runner(self, fill: Filler) -> Flat:
+        n_weights, pool, method = len(self._names), self._pool, self._method
+
+        def run(*tensors: torch.Tensor) -> Any:
+            weights = tensors[:n_weights]
+            args, kwargs = fill(tensors[n_weights:])
+            skeleton = pool.borrow()
+            before = attribute_values(skeleton.module, self._assigned)
+            skeleton.load(weights)
+            try:
+                call = skeleton.module if method == "forward" else getattr(skeleton.module, method)
+                output = call(*args, **kwargs)
+            finally:
+                replaced = skeleton.unload(weights)
+                put_back(before)
+                pool.give_back(skeleton)
+            if replaced is not None:
+                raise _state_error(self.name, f"buffer `{replaced}`")
+            return output
+
+        return run
+
+    def observer(self, fill: Filler) -> Flat:
+        """Run by `torch.func.functional_call`, the definition of a call, and learn which attributes are assigned."""
+
+        def observe(*tensors: torch.Tensor) -> Any:
+            weights = dict(zip(self._names, tensors[: len(self._names)], strict=True))
+            args, kwargs = fill(tensors[len(self._names) :])
+            self._check_shapes(weights)
+            skeleton = self._pool.borrow()
+            try:
+                return self._observe(skeleton.module, weights, args, kwargs)
+            finally:
+                self._pool.give_back(skeleton)
+
+        return observe
+
+    def _observe(
+        self, module: torch.nn.Module, weights: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if self._method == "forward":
-            caller, given = skeleton, dict(weights)
-        else:
-            caller, given = _MethodCaller(skeleton, self._method), {f"module.{n}": t for n, t in weights.items()}
-        held = dict(given)
-        output = torch.func.functional_call(caller, held, args, kwargs)
-        for name, tensor in held.items():
-            if tensor is not given[name]:  # functional_call hands back what the forward put in its place
-                raise _state_error(self.name, f"buffer `{name.removeprefix('module.')}`")
-        return output
-
-    # What TorchFunction asks while it traces.
-
-    def operand_dtypes(self, avals: Sequence[Aval]) -> list[torch.dtype]:
-        """Each weight's own torch dtype, unless the user cast the leaf to another one."""
-        specs = [self._module.specs[name] for name in sorted(self._module.specs)]
-        restored = [
-            s.dtype if a.dtype == dtypes.canonical(s.dtype) else dtypes.to_torch_dtype(a.dtype)
-            for a, s in zip(avals, specs, strict=False)
-        ]
-        return restored + super().operand_dtypes(avals[len(specs) :])
-
-    def observed(self, weights: Weights, *args: Any, **kwargs: Any) -> Any:
-        """Run, and learn which attributes the forward assigns."""
-        self._check_shapes(weights)
         inputs = [leaf for leaf in jax.tree.leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        with self._pool.borrow() as skeleton, assigned_attributes(skeleton) as assigned:
-            output = self._functional_call(skeleton, weights, args, kwargs)
-            attribute = next(stray_tensors(skeleton, aliasing=inputs), None)
+        with assigned_attributes(module) as assigned:
+            output = self._functional_call(module, weights, args, kwargs)
+            attribute = next(stray_tensors(module, aliasing=inputs), None)
             if attribute is not None:
                 raise TorchCallError(
                     f"{self.name} keeps an argument, or a view of it, in its attribute `{attribute}`, whose memory "
@@ -156,14 +177,36 @@ class _ModuleFunction(TorchFunction):
             if isinstance(after, bool | int | float | str) and after != before:
                 raise _state_error(self.name, f"attribute `{path}{name}`")
             self._assigned.add((path, name))
-        with self._pool.borrow() as skeleton:
-            attribute = next(stray_tensors(skeleton, fake=True), None)
-            if attribute is not None:
-                raise _state_error(self.name, f"attribute `{attribute}` (a container of tensors)")
+        attribute = next(stray_tensors(module, fake=True), None)
+        if attribute is not None:
+            raise _state_error(self.name, f"attribute `{attribute}` (a container of tensors)")
         return output
 
+    def _functional_call(
+        self, module: torch.nn.Module, weights: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self._method == "forward":
+            caller, given = module, weights
+        else:
+            caller, given = _MethodCaller(module, self._method), {f"module.{n}": t for n, t in weights.items()}
+        held = dict(given)
+        output = torch.func.functional_call(caller, held, args, kwargs)
+        for name, tensor in held.items():
+            if tensor is not given[name]:  # functional_call hands back what the forward put in its place
+                raise _state_error(self.name, f"buffer `{name.removeprefix('module.')}`")
+        return output
+
+    def operand_dtypes(self, avals: Sequence[Aval]) -> list[torch.dtype]:
+        """Each weight's own torch dtype, unless the user cast the leaf to another one."""
+        specs = [self._module.specs[name] for name in self._names]
+        restored = [
+            s.dtype if a.dtype == dtypes.canonical(s.dtype) else dtypes.to_torch_dtype(a.dtype)
+            for a, s in zip(avals, specs, strict=False)
+        ]
+        return restored + super().operand_dtypes(avals[len(specs) :])
+
     def check(self, found: Trace) -> None:
-        for i, name in enumerate(sorted(self._module.specs)):
+        for i, name in enumerate(self._names):
             if i in found.mutated and self._module.specs[name].kind == "buffers":
                 raise _state_error(self.name, f"buffer `{name}`")
 
@@ -177,16 +220,6 @@ class _ModuleFunction(TorchFunction):
                 )
 
 
-class _WeightsFirst(Signature):
-    """A method's signature, where the caller passes the weights before its arguments."""
-
-    def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().check(args[1:], kwargs)
-
-    def leaf_names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-        return sorted(args[0]) + super().leaf_names(args[1:], kwargs)
-
-
 class _MethodCaller(torch.nn.Module):
     """Makes another method than `forward` reachable for `functional_call`."""
 
@@ -196,11 +229,6 @@ class _MethodCaller(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.module, self._method)(*args, **kwargs)
-
-
-def named_tensors(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Parameters and buffers under torch's names; tied ones once."""
-    return [*module.named_parameters(), *module.named_buffers()]
 
 
 def _kind(tensor: torch.Tensor) -> Kind:

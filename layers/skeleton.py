@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,25 +13,62 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 _ABSENT = object()
 
 
+class Skeleton:
+    """A module whose weights are put in and taken out again for each call.
+
+    `load` does what `torch.func.functional_call` does, assign to `_parameters` and `_buffers`, through a table of the
+    places of each weight (a tied one has several), in a tenth of a microsecond instead of seven per weight.
+    """
+
+    def __init__(self, module: torch.nn.Module, weights: Sequence[torch.Tensor]):
+        self.module, self._weights = module, weights
+        places: dict[int, list[tuple[dict[str, Any], str]]] = {id(w): [] for w in weights}
+        for submodule in module.modules():
+            for namespace in (submodule._parameters, submodule._buffers):
+                for name, tensor in namespace.items():
+                    if tensor is not None:
+                        places[id(tensor)].append((namespace, name))
+        self._places = [(i, *place) for i, w in enumerate(weights) for place in places[id(w)]]
+
+    def load(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Put tensors in the places of the weights."""
+        for i, namespace, name in self._places:
+            namespace[name] = tensors[i]
+
+    def unload(self, tensors: Sequence[torch.Tensor]) -> str | None:
+        """Take the tensors out; the name of one that the forward replaced by another, if any."""
+        replaced = None
+        for i, namespace, name in self._places:
+            if namespace.get(name) is not tensors[i]:
+                replaced = name
+            namespace[name] = self._weights[i]
+        return replaced
+
+
 class SkeletonPool:
-    """Lends skeletons, a new copy whenever all are in use: torch swaps weights inside the module object,
-    so two threads in one module would compute with each other's weights."""
+    """Lends skeletons, a new copy whenever all are in use: with one module object, two threads would compute with
+    each other's weights."""
 
     def __init__(self, skeleton: torch.nn.Module, *, training: bool):
         self._original = in_mode(_copy(skeleton), training=training)
-        self._free: collections.deque[torch.nn.Module] = collections.deque()
+        self._free: collections.deque[Skeleton] = collections.deque()
 
-    @contextlib.contextmanager
-    def borrow(self) -> Iterator[torch.nn.Module]:
-        """A skeleton for the duration of one call."""
+    def borrow(self) -> Skeleton:
+        """A skeleton for one call, to be given back."""
         try:
-            skeleton = self._free.pop()
+            return self._free.pop()
         except IndexError:
-            skeleton = _copy(self._original)
-        try:
-            yield skeleton
-        finally:
-            self._free.append(skeleton)
+            module = _copy(self._original)
+            return Skeleton(module, [tensor for _, tensor in sorted(named_tensors(module))])
+
+    def give_back(self, skeleton: Skeleton) -> None:
+        """Return a skeleton after the call."""
+        self._free.append(skeleton)
+
+
+def named_tensors(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and buffers under torch's names; tied ones once."""
+    return [*module.named_parameters(), *module.named_buffers()]
 
 
 def copy_replacing(module: torch.nn.Module, replacements: Mapping[torch.Tensor, torch.Tensor]) -> torch.nn.Module:
@@ -53,9 +90,8 @@ def copy_replacing(module: torch.nn.Module, replacements: Mapping[torch.Tensor, 
 
 def _copy(skeleton: torch.nn.Module) -> torch.nn.Module:
     """A copy sharing the meta tensors, which hold nothing."""
-    weights = [*skeleton.parameters(), *skeleton.buffers()]
     with unset_fake_temporarily():  # else its other tensors would become fake when a trace needs a copy
-        return copy_replacing(skeleton, {t: t for t in weights})
+        return copy_replacing(skeleton, {t: t for _, t in named_tensors(skeleton)})
 
 
 def in_mode(module: torch.nn.Module, *, training: bool) -> torch.nn.Module:
@@ -63,17 +99,10 @@ def in_mode(module: torch.nn.Module, *, training: bool) -> torch.nn.Module:
     return module if module.training == training else module.train(training)
 
 
-@contextlib.contextmanager
-def keep_attributes(
-    module: torch.nn.Module, attributes: Sequence[tuple[str, str]] | set[tuple[str, str]]
-) -> Iterator[None]:
-    """Put the named attributes, as (submodule prefix, name), back as they were."""
+def attribute_values(module: torch.nn.Module, attributes: Iterable[tuple[str, str]]) -> list[tuple[dict, str, Any]]:
+    """The present values of attributes given as (submodule prefix, name), for `put_back`."""
     held = [(vars(module.get_submodule(path.rstrip("."))), name) for path, name in attributes]
-    before = [(namespace, name, namespace.get(name, _ABSENT)) for namespace, name in held]
-    try:
-        yield
-    finally:
-        _put_back(before)
+    return [(namespace, name, namespace.get(name, _ABSENT)) for namespace, name in held]
 
 
 @contextlib.contextmanager
@@ -90,7 +119,7 @@ def assigned_attributes(module: torch.nn.Module) -> Iterator[list[tuple[str, str
                 old, new = before[path].get(name, _ABSENT), namespace.get(name, _ABSENT)
                 if old is not new:
                     assigned.append((path, name, old, new))
-                    _put_back([(namespace, name, old)])
+                    put_back([(namespace, name, old)])
 
 
 def stray_tensors(
@@ -107,7 +136,8 @@ def stray_tensors(
                     yield f"{path}.{name}" if path else name
 
 
-def _put_back(attributes: Sequence[tuple[dict[str, Any], str, Any]]) -> None:
+def put_back(attributes: Iterable[tuple[dict[str, Any], str, Any]]) -> None:
+    """Give attributes the values they had."""
     for namespace, name, value in attributes:
         if value is _ABSENT:
             namespace.pop(name, None)
