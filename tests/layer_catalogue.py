@@ -62,6 +62,11 @@ def _frozen_half() -> nn.Module:
     return module
 
 
+def _shared_submodule() -> nn.Module:
+    shared = nn.Linear(3, 3)
+    return nn.Sequential(shared, nn.Tanh(), nn.Sequential(shared, nn.LayerNorm(3)))
+
+
 def _weight_norm_hook() -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # deprecated, and in many a checkpoint
@@ -198,6 +203,10 @@ PARAMETRIZED = [
 ]
 
 CONTAINERS = [
+    LayerSpec("shared-submodule", _shared_submodule, lambda: (randn(5, 3),)),
+    LayerSpec(
+        "writes-into-its-input", lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 4)), lambda: (randn(5, 3),)
+    ),
     LayerSpec("ParameterList-ParameterDict", lambda: ParameterContainers(3), lambda: (randn(5, 3),)),
     LayerSpec("Sequential-ModuleList", lambda: Gated(3, 4, 3), lambda: ({"x": randn(5, 3), "gates": [randn(4)] * 3},)),
     LayerSpec("buffers", lambda: Channels(4), lambda: (randn(5, 4),)),

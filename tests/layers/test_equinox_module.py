@@ -265,6 +265,16 @@ def test_out_shape_option_serves_a_forward_that_reads_values(rng):
         jax.block_until_ready(eqx.filter_jit(model)(x * jnp.nan))
 
 
+def test_a_forward_that_writes_into_a_parameter_leaves_the_leaf_alone():
+    """Embedding with `max_norm` scales its rows in place; the call sees that, JAX's immutable memory does not."""
+    module = nn.Embedding(5, 3, max_norm=0.5)
+    ids, before = torch.tensor([0, 3]), module.weight.detach().clone()
+    model = torchleaf.TorchModule(module, copy=True)
+    outputs = [model(from_torch(ids)) for _ in range(2)]
+    assert_trees_close(model.params["weight"], from_torch(before), rtol=0, atol=0)
+    assert_trees_close(outputs, [from_torch(module(ids))] * 2)
+
+
 def test_containers_with_several_outputs_are_rebuilt(rng):
     module = ParameterContainers(3)
     y = torchleaf.TorchModule(module)(jnp.asarray(rng.normal(size=(5, 3)), jnp.float32))

@@ -45,8 +45,10 @@ def layer(request):
 @eager_and_filter_jit
 def test_output(layer, jit):
     args, kwargs = layer.spec.draw()
-    actual = jit(lambda m, a, k: m(*a, **k))(layer.model, *from_torch((args, kwargs)))
+    inputs, untouched = from_torch((args, kwargs)), from_torch((args, kwargs))
+    actual = jit(lambda m, a, k: m(*a, **k))(layer.model, *inputs)
     layer.assert_close(actual, from_torch(layer.module(*args, **kwargs)))
+    assert_trees_close(inputs, untouched, rtol=0, atol=0)
 
 
 @eager_and_filter_jit
