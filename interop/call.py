@@ -20,6 +20,7 @@ import jax
 import torch
 
 from .dtypes import is_inexact
+from .errors import signature_text
 from .kernels import NONE, differentiable_path, plain_kernels
 
 Aval = jax.ShapeDtypeStruct
@@ -112,6 +113,7 @@ class Base(TorchCall):
     **Arguments:**
 
     - `function`: takes one tensor per aval and returns one tensor per output aval.
+    - `operand_names`: how errors call the operands.
     - `fakeable`: whether `function` can run on fake tensors (False if it inspects values).
     - `fused_kernels`: those it uses that are replaced under higher derivatives (`kernels.py`).
     - `forward_mode`, `vmap_method`, `residuals`: the user's options.
@@ -122,6 +124,7 @@ class Base(TorchCall):
         function: Callable[..., Tensors],
         *,
         name: str,
+        operand_names: Sequence[str],
         in_avals: Sequence[Aval],
         out_avals: Sequence[Aval],
         fakeable: bool,
@@ -132,7 +135,7 @@ class Base(TorchCall):
     ):
         super().__init__()
         self.base = self
-        self.function, self.name = function, name
+        self.function, self.name, self._operand_names = function, name, operand_names
         self.fakeable, self.fused_kernels = fakeable, fused_kernels
         self.in_avals, self.out_avals = tuple(in_avals), tuple(out_avals)
         self.forward_mode, self.vmap_method, self.residuals = forward_mode, vmap_method, residuals
@@ -144,6 +147,15 @@ class Base(TorchCall):
     @property
     def composable(self) -> bool:
         return self.fakeable
+
+    @property
+    def signature(self) -> str:
+        """Operands as text, for errors."""
+        return signature_text(self._operand_names, [(aval.shape, aval.dtype) for aval in self.in_avals])
+
+    def operand_name(self, index: int) -> str:
+        """How errors call an operand of this call or of one derived from it."""
+        return f"argument {self._operand_names[index]}" if index < len(self._operand_names) else f"operand {index}"
 
 
 def execute(call: TorchCall, *tensors: torch.Tensor) -> Tensors:

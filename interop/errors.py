@@ -1,6 +1,8 @@
 """Errors that reach the user: each names the callable, the argument, and the remedy."""
 
 import traceback
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class TorchCallError(RuntimeError):
@@ -24,7 +26,14 @@ def quote(exc: BaseException) -> str:
     return f"{type(exc).__name__}: {exc}".rstrip()
 
 
-def runtime_message(name: str, exc: BaseException) -> str:
+def signature_text(names: Sequence[str], operands: Iterable[tuple[Sequence[int], Any]]) -> str:
+    """Operands as names, dtypes and shapes: `(x: float32[5, 3], weight: float32[4, 3])`."""
+    given = [f"{n}: {str(d).removeprefix('torch.')}{list(s)}" for n, (s, d) in zip(names, operands, strict=True)]
+    shown = given if len(given) <= 8 else [*given[:4], f"... {len(given) - 8} more ...", *given[-4:]]
+    return "(" + ", ".join(shown) + ")"
+
+
+def runtime_message(name: str, signature: str, exc: BaseException) -> str:
     """The text of an exception raised by torch while a compiled program ran.
 
     XLA carries only text across the call, so the traceback travels inside the message.
@@ -32,4 +41,4 @@ def runtime_message(name: str, exc: BaseException) -> str:
     if isinstance(exc, TorchCallError):
         return str(exc)
     trace = "".join(traceback.format_exception(exc)).rstrip()
-    return f"{name} raised {quote(exc)}\n\nThe torch traceback:\n{trace}"
+    return f"{name} raised {quote(exc)}\nIt was called with {signature}.\n\nThe torch traceback:\n{trace}"

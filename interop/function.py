@@ -175,7 +175,9 @@ class TorchFunction:
             example=lambda: self._example(arguments, wanted),
         )
         self.check(found)
-        return Specialized(self.runner(fill), arguments.avals, wanted, found, name=self.name, **self._options)
+        return Specialized(
+            self.runner(fill), arguments.names(), arguments.avals, wanted, found, name=self.name, **self._options
+        )
 
     def _example(self, arguments: Arguments, wanted: Sequence[torch.dtype]) -> list[torch.Tensor] | None:
         """Values to run the callable on once: `example_args` of the same shapes, or the arguments if not traced."""
@@ -183,14 +185,16 @@ class TorchFunction:
         if any(isinstance(x, jax.core.Tracer) for x in operands):
             if self._example_args is None:
                 return None
-            example = Arguments(tuple(self._example_args), {}, self._signature)
+            with jax.ensure_compile_time_eval():
+                example = Arguments(tuple(self._example_args), {}, self._signature)
             if example.avals != arguments.avals:
                 raise TorchCallError(
                     f"{self.name} is called with {_shapes(arguments)}, but example_args are {_shapes(example)}. "
                     "Give example_args of the shapes and dtypes it is called with, or `out_shape`."
                 )
             operands = example.operands
-        return [array_to_torch(x, copy=True).to(d) for x, d in zip(operands, wanted, strict=True)]
+        with jax.ensure_compile_time_eval():
+            return [array_to_torch(x, copy=True).to(d) for x, d in zip(operands, wanted, strict=True)]
 
 
 def _shapes(arguments: Arguments) -> str:

@@ -4,10 +4,11 @@ Numbers start at random in each process, so that a program which JAX's persisten
 process can never reach a callable of this one. Complex values travel as their real and imaginary parts.
 """
 
+import gc
 import itertools
 import secrets
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ def run_program(number: int, *buffers: torch.Tensor) -> None:
     try:
         _program_of[call].run(call, buffers)
     except Exception as exc:  # every exception of the user's code must cross XLA as text
-        failure = runtime_message(call.base.name, exc)
+        failure = runtime_message(call.base.name, call.base.signature, exc)
     if failure is not None:  # raised here, the error holds no frame that views XLA's buffers
         raise TorchCallError(failure)
 
@@ -57,10 +58,14 @@ class Program:
 
     def run(self, call: TorchCall, buffers: Tensors) -> None:
         """Run the call on its operands and write what torch returned into XLA's result buffers."""
-        operands, results = buffers[: self._n_buffers], iter(buffers[self._n_buffers :])
+        operands, results = buffers[: self._n_buffers], buffers[self._n_buffers :]
         if self._n_buffers != len(self._in_parts):
             operands = self._join(operands)
-        for i, (out, (shape, has_parts)) in enumerate(zip(execute(call, *operands), self._outs, strict=True)):
+        self._write(call, execute(call, *operands), iter(results))
+        self._check_escapes(call, buffers[: self._n_buffers])
+
+    def _write(self, call: TorchCall, outs: Tensors, results: Iterator[torch.Tensor]) -> None:
+        for i, (out, (shape, has_parts)) in enumerate(zip(outs, self._outs, strict=True)):
             if out.shape != shape:
                 raise TorchCallError(
                     f"{call.name}: output {i} has shape {tuple(out.shape)} at run time, but {shape} was traced or "
@@ -73,9 +78,30 @@ class Program:
             else:
                 next(results).copy_(out)
 
+    def _check_escapes(self, call: TorchCall, buffers: Tensors) -> None:
+        """Refuse to leave behind tensors that view XLA's buffers, whose memory is reused at once."""
+        if all(_holders(x) == _ALONE for x in buffers):
+            return
+        gc.collect()  # reference cycles are not escapes
+        escaped = [i for i, x in enumerate(buffers) if _holders(x) > _ALONE]
+        if escaped:
+            which = ", ".join(call.base.operand_name(i) for i in escaped)
+            raise TorchCallError(
+                f"{call.base.name} keeps {which} (or a view of it) after it returns, whose memory belongs to XLA and is "
+                "reused at once. Return the tensor as an output, or store `tensor.clone()`."
+            )
+
     def _join(self, buffers: Sequence[torch.Tensor]) -> Tensors:
         feed = iter(buffers)
         return tuple(torch.complex(next(feed), next(feed)) if parts else next(feed) for parts in self._in_parts)
+
+
+def _holders(tensor: torch.Tensor) -> int:
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+_ALONE = _holders(torch.zeros(1))
+"""How many hold the storage of a tensor that has no views."""
 
 
 def is_complex(aval: Any) -> bool:

@@ -20,7 +20,7 @@ class Specialized:
     **Arguments:**
 
     - `function`: the callable over flat tensors.
-    - `in_avals`: the operands.
+    - `operand_names`, `in_avals`: the operands.
     - `wanted`: the torch dtype each operand arrives in.
     - `found`: what tracing found.
     - `options`: those of `Base`.
@@ -29,6 +29,7 @@ class Specialized:
     def __init__(
         self,
         function: Callable[..., Any],
+        operand_names: Sequence[str],
         in_avals: Sequence[Aval],
         wanted: Sequence[torch.dtype],
         found: Trace,
@@ -47,6 +48,7 @@ class Specialized:
         self.call = Base(
             self._run,
             name=name,
+            operand_names=operand_names,
             in_avals=in_avals,
             out_avals=found.out_avals,
             fakeable=found.fakeable,

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import dtypes, kernels
 from .call import Aval
-from .errors import RandomnessError, TorchCallError, quote
+from .errors import RandomnessError, TorchCallError, quote, signature_text
 from .trees import flatten_registering, leaf_names
 from .trial import fake_mode
 
@@ -63,7 +63,7 @@ def trace(
         reason = _why_not_fakeable(exc)
         if reason is None:
             raise TorchCallError(
-                f"{name} failed on operands {_signature(operand_specs, operand_names)}.\ntorch said: {quote(exc)}"
+                f"{name} failed on operands {signature_text(operand_names, operand_specs)}.\ntorch said: {quote(exc)}"
             ) from exc
         return _trace_values(function, operand_specs, name, operand_names, out_shape, example, reason, exc)
     if out_shape is not None:
@@ -164,14 +164,15 @@ def _describe(output: Any, name: str) -> tuple[Any, tuple[Any, ...]]:
             raise TorchCallError(
                 f"{name} returns a {type(leaf).__module__}.{type(leaf).__qualname__} at output{path}: neither a "
                 "tensor, nor a pytree of tensors, nor a static value (None, bool, number, str, dtype). Return its "
-                "tensors, or register its class with jax.tree_util.register_pytree_node."
+                "tensors, or register its class with jax.tree_util.register_pytree_node, or switch it off with an "
+                "argument (in transformers, use_cache=False)."
             )
     return treedef, tuple(described)
 
 
 def declared(out_shape: Any) -> tuple[Any, tuple[Any, ...]]:
     """The caller's `out_shape` as tree and leaves."""
-    leaves, treedef = jax.tree.flatten(out_shape)
+    leaves, treedef = flatten_registering(out_shape)
     for leaf in leaves:
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
             raise TypeError(
@@ -193,12 +194,6 @@ def _render(treedef: Any, leaves: Sequence[Any]) -> str:
         return f"{leaf.dtype}{list(leaf.shape)}" if isinstance(leaf, Aval) else repr(leaf)
 
     return str(jax.tree.unflatten(treedef, [short(leaf) for leaf in leaves]))
-
-
-def _signature(specs: Sequence[tuple[tuple[int, ...], torch.dtype]], names: Sequence[str]) -> str:
-    given = [f"{n}: {str(d).removeprefix('torch.')}{list(s)}" for n, (s, d) in zip(names, specs, strict=True)]
-    shown = given if len(given) <= 8 else [*given[:4], f"... {len(given) - 8} more ...", *given[-4:]]
-    return "(" + ", ".join(shown) + ")"
 
 
 class _Observer(TorchDispatchMode):

@@ -1,12 +1,14 @@
 """Pytrees across the two frameworks: containers torch knows become containers JAX knows."""
 
-from collections.abc import Callable
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
 import jax
+import torch
 import torch.utils._pytree as torch_pytree
-
-IsLeaf = Callable[[Any], bool]
+from jax.tree_util import GetAttrKey, SequenceKey
 
 
 def flatten_registering(tree: Any) -> tuple[list[Any], Any]:
@@ -49,15 +51,33 @@ class _Context:
 
 
 def _is_torch_container(leaf: Any) -> bool:
-    return type(leaf) in torch_pytree.SUPPORTED_NODES
+    return type(leaf) in torch_pytree.SUPPORTED_NODES and type(leaf) is not torch.Size
 
 
 def _register(cls: type, node: Any) -> None:
-    def flatten(value: Any) -> tuple[tuple[Any, ...], _Context]:
-        children, context = node.flatten_fn(value)
-        return tuple(children), _Context(context)
+    """Register with JAX a class that torch knows how to flatten."""
+    is_record = dataclasses.is_dataclass(cls) and issubclass(cls, OrderedDict)  # transformers' ModelOutput
 
-    def unflatten(context: _Context, children: Any) -> Any:
+    def flatten(value: Any) -> tuple[list[tuple[Any, Any]], _Context]:
+        children, context = node.flatten_fn(value)
+        keys = [GetAttrKey(k) for k in value] if is_record else [SequenceKey(i) for i, _ in enumerate(children)]
+        return list(zip(keys, children, strict=True)), _Context(context)
+
+    def unflatten(context: _Context, children: Iterable[Any]) -> Any:
+        if is_record:
+            return _record(cls, context.value, children)
         return node.unflatten_fn(list(children), context.value)
 
-    jax.tree_util.register_pytree_node(cls, flatten, unflatten)
+    jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
+
+
+def _record(cls: type, keys: Iterable[str], values: Iterable[Any]) -> Any:
+    """Build an output record without its constructor, which inspects values and drops None: JAX puts anything there."""
+    record = cls.__new__(cls)
+    OrderedDict.__init__(record)
+    for field in dataclasses.fields(cls):
+        object.__setattr__(record, field.name, None)
+    for key, value in zip(keys, values, strict=True):
+        OrderedDict.__setitem__(record, key, value)
+        object.__setattr__(record, key, value)
+    return record

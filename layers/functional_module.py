@@ -272,5 +272,6 @@ def _state_error(name: str, what: str) -> StateError:
     return StateError(
         f"{name} changes {what} in its forward pass, which a pure function would silently lose. State is not supported "
         "yet: use evaluation mode (`eqx.nn.inference_mode(model)`, or `module.eval()` before wrapping), in which "
-        "layers like BatchNorm do not update."
+        "layers like BatchNorm do not update. If the module prepares itself on its first call, call it once before "
+        "wrapping it."
     )
