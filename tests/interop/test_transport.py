@@ -16,6 +16,7 @@ from samples import ALL, NARROW, dtype_id, raw_bytes, sample
 from torch._subclasses.fake_tensor import FakeTensor
 from torchleaf import to_jax, torch_function
 from torchleaf.interop import transport
+from torchleaf.interop.program import program_of
 
 X = jnp.arange(6.0).reshape(2, 3) / 3 - 0.5
 
@@ -266,7 +267,7 @@ def test_a_call_that_is_not_alive():
     fn = torch_function(Doubler())
     assert_trees_close(fn(X), 2 * X)
     [specialized] = fn._specialized.values()
-    number = transport._number(specialized.call)
+    number = program_of(specialized.call).number
     assert_trees_close(_raw_call(number), [2 * X])
     del fn, specialized
     _forget()
