@@ -36,7 +36,8 @@ def torch_gradients_of(
     """
     leaves, treedef = jax.tree.flatten((args, kwargs))
     leaves = [x.clone().requires_grad_() if _is_inexact(x) else x for x in leaves]
-    args, kwargs = jax.tree.unflatten(treedef, leaves)
+    given = [x.clone() if _is_inexact(x) else x for x in leaves]  # modules may write into their arguments
+    args, kwargs = jax.tree.unflatten(treedef, given)
     params = {name: p for name, p in module.named_parameters() if p.requires_grad}
     wanted = [*params.values(), *(x for x in leaves if _is_inexact(x))]
     grads = torch.autograd.grad(torch_weighted_sum(function(*args, **kwargs)), wanted, allow_unused=True)

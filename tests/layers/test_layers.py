@@ -94,4 +94,4 @@ def _stack(first, *others):
 
 
 def _row(leaf, i):
-    return leaf[i] if isinstance(leaf, torch.Tensor) else leaf
+    return leaf[i].clone() if isinstance(leaf, torch.Tensor) else leaf
