@@ -12,6 +12,7 @@ import torch
 import torchleaf
 import twins
 from compare import assert_trees_close, eager_and_jit, from_torch
+from watching import Recorder
 
 METHODS = ("auto", "vmap", "batched", "loop")
 
@@ -161,18 +162,6 @@ def test_auto_does_not_warn_where_torch_can_batch():
 # --- batched ---------------------------------------------------------------------------------------
 
 
-class Recorder:
-    """A torch function that notes the shape it is called with each time it really runs."""
-
-    def __init__(self, function):
-        self.function, self.shapes = function, []
-
-    def __call__(self, x):
-        if not isinstance(x, torch._subclasses.FakeTensor):
-            self.shapes.append(tuple(x.shape))
-        return self.function(x)
-
-
 @pytest.mark.parametrize(
     ("transform", "shape", "called_with"),
     [
@@ -188,7 +177,7 @@ def test_batched_calls_once_with_the_batch_leading(transform, shape, called_with
     function = torchleaf.torch_function(recorder, vmap_method="batched")
     (x,) = twins.normal(shape)
     close(jax.jit(transform(function))(x), transform(jnp.sin)(x))
-    assert recorder.shapes == [called_with]
+    assert recorder.computed == [called_with]
 
 
 def test_grad_of_batched_calls_the_forward_once():
@@ -196,7 +185,7 @@ def test_grad_of_batched_calls_the_forward_once():
     function = torchleaf.torch_function(recorder, vmap_method="batched")
     (x,) = twins.normal((4, 3))
     close(jax.jit(jax.grad(lambda x: jax.vmap(function)(x).sum()))(x), jnp.cos(x))
-    assert set(recorder.shapes) == {(4, 3)}
+    assert set(recorder.computed) == {(4, 3)}
 
 
 @eager_and_jit
@@ -211,16 +200,11 @@ def test_batched_refuses_a_function_that_mixes_the_batch(jit):
 
 def test_batched_shares_what_is_not_batched():
     """The weights arrive as they are, so one matmul serves the batch."""
-    seen = []
-
-    def function(x, w):
-        seen.append((tuple(x.shape), tuple(w.shape)))
-        return x @ w
-
+    recorder = Recorder(torch.matmul)
     x, w = twins.normal((4, 3), (3, 2))
-    ours = torchleaf.torch_function(function, vmap_method="batched")
+    ours = torchleaf.torch_function(recorder, vmap_method="batched")
     close(jax.vmap(ours, (0, None))(x, w), x @ w)
-    assert seen[-1] == ((4, 3), (3, 2))
+    assert recorder.computed == [((4, 3), (3, 2))]
 
 
 # --- loop ------------------------------------------------------------------------------------------
@@ -230,7 +214,7 @@ def test_loop_runs_example_by_example():
     recorder = Recorder(torch.sin)
     (x,) = twins.normal((4, 3))
     close(jax.vmap(torchleaf.torch_function(recorder, vmap_method="loop"))(x), jnp.sin(x))
-    assert recorder.shapes == [(3,)] * 4
+    assert recorder.computed == [(3,)] * 4
 
 
 @eager_and_jit
