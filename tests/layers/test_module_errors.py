@@ -127,7 +127,7 @@ def test_call(jit, call, error, message):
 @eager_and_filter_jit
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int32])
 def test_dtype_of_an_argument(jit, dtype):
-    """torch's shape rules do not look at dtypes, so this one comes from the kernel; it names the argument all the same."""
+    """torch's shape rules do not look at dtypes, so this error is the kernel's; it names the argument too."""
     shown = rf"input: {jnp.dtype(dtype).name}\[2, 3\]"
     with pytest.raises(Exception, match=rf"Linear (.|\n)*must have the same dtype(.|\n)*{shown}"):
         jax.block_until_ready(jit(TorchModule(nn.Linear(3, 2)))(X.astype(dtype)))
