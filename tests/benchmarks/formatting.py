@@ -1,0 +1,24 @@
+"""Numbers and errors as text for tables and charts."""
+
+import re
+
+
+def duration(seconds: float) -> str:
+    """In a unit that leaves three significant digits."""
+    for unit, scale in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * scale >= 1 or unit == "µs":
+            return f"{seconds * scale:.3g} {unit}" if seconds * scale < 1000 else f"{seconds * scale:.0f} {unit}"
+    raise AssertionError("unreachable")
+
+
+def factor(ratio: float) -> str:
+    """A ratio with as many digits as mean something."""
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+
+
+def short(error: str, length: int = 160) -> str:
+    """An error on one line, without the machine's paths: of a traceback passed on as text, its last error."""
+    raised = re.findall(r"^(?:[\w.]+: )*?[\w.]*(?:Error|Exception|Unsupported): .*", error, re.MULTILINE)
+    line = " ".join((raised[-1] if raised else error).split())
+    line = re.sub(r"(/[\w.+-]+)+/", "", re.sub(r"0x[0-9a-f]+", "0x...", line))
+    return line if len(line) <= length else line[: length - 3] + "..."

@@ -1,0 +1,89 @@
+"""The torch modules of the cases. Each returns one tensor, which every contender can handle."""
+
+import itertools
+
+import torch
+from torch import nn
+
+
+class Sequences(nn.Module):
+    """A recurrent layer that returns its outputs only."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)[0]
+
+
+def transformer(layers: int, width: int, heads: int) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+
+
+def cnn() -> nn.Module:
+    """Takes one image or a batch of them."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(-3),
+        nn.Linear(32 * 7 * 7, 10),
+    )
+
+
+class Bert(nn.Module):
+    """A BERT encoder of transformers, randomly initialised; returns the last hidden state."""
+
+    def __init__(self, layers: int, width: int, heads: int, vocabulary: int):
+        from transformers import BertConfig, BertModel
+
+        super().__init__()
+        config = BertConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=4 * width,
+            attn_implementation="sdpa",
+        )
+        self.model = BertModel(config, add_pooling_layer=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.model(tokens).last_hidden_state
+
+
+class _Block(nn.Module):
+    def __init__(self, before: int, after: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(after)
+        self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(after)
+        self.shortcut = nn.Identity()
+        if stride != 1 or before != after:
+            self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.norm1(self.conv1(x)))
+        return torch.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 for small images (He et al. 2016: 3 x 3 stem, no first pooling)."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        widths, blocks = [64, 64, 128, 256, 512], []
+        for stage, (before, after) in enumerate(itertools.pairwise(widths)):
+            blocks += [_Block(before, after, 1 if stage == 0 else 2), _Block(after, after, 1)]
+        self.stem = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(512, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
