@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from jax.core import Tracer
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import dtypes
@@ -97,7 +98,7 @@ def tensor_to_jax(tensor: torch.Tensor, *, copy: bool = False, name: str = "the 
 
 def array_to_torch(array: jax.Array, *, copy: bool = False, name: str = "the array") -> torch.Tensor:
     """`to_torch` of one array; `name` is how errors call it."""
-    if isinstance(array, jax.core.Tracer):
+    if isinstance(array, Tracer):
         raise TypeError(
             f"to_torch: {name} is a traced array of type {jax.typeof(array)}: it has no data while JAX traces "
             "(jit, grad, vmap). Call torch code on it through `torchleaf.torch_function`."

@@ -79,12 +79,39 @@ class Vmap(TorchCall):
         return tuple(y.sum(0) if d is None else y.movedim(0, d) for y, d in zip(batched, self.out_dims, strict=True))
 
     @cached_property
+    def _batch_axes(self) -> tuple[int, ...]:
+        """Where a natively batched callable leaves the batch: hidden states of recurrent layers have it second."""
+        return _find_batch_axes(self)
+
+    @cached_property
+    def _continues_batch(self) -> bool:
+        """Whether this batch and the one inside it are one batch for a natively batched callable."""
+        inner = self.inner
+        return (
+            self.method == "batched"
+            and isinstance(inner, Vmap)
+            and inner._strategy in (_batched, _merged)
+            and all((d is None) == (e is None) for d, e in zip(self.in_dims, inner.in_dims, strict=True))
+        )
+
+    @property
+    def _merged_call(self) -> "Vmap":
+        inner = self.inner
+        assert isinstance(inner, Vmap)
+        in_dims = tuple(None if d is None else 0 for d in self.in_dims)
+        return inner.inner.derive(Vmap, in_dims, inner.out_dims, self.size * inner.size, self.method)
+
+    @cached_property
     def _strategy(self) -> "Callable[..., Tensors]":
         """How to run; every strategy returns outputs batched along axis 0."""
         if self.size == 0:
             return _empty
         if self.method == "batched" and self.inner is self.base:
+            self._batch_axes  # noqa: B018 (a trial run, before the first run)
             return _batched
+        if self._continues_batch:
+            self._merged_call.prepare()
+            return _merged
         if self.method == "loop":
             return _loop
         failure = _vmap_failure(self)
@@ -104,6 +131,35 @@ class Vmap(TorchCall):
                 stacklevel=2,
             )
         return _loop
+
+
+def _find_batch_axes(call: Vmap) -> tuple[int, ...]:
+    """The axis of each output that grows with the batch; 0 where fake tensors cannot tell."""
+    avals, shapes = call.inner.out_avals, []
+    size = 1 + max((n for aval in avals for n in aval.shape), default=0)  # a size that no other axis has
+    in_avals = [
+        _batched_aval(a, None if d is None else 0, size) for a, d in zip(call.inner.in_avals, call.in_dims, strict=True)
+    ]
+    if (
+        trial_run(lambda *tensors: shapes.extend(tuple(y.shape) for y in call.inner.run(*tensors)), in_avals)
+        is not None
+    ):
+        return (0,) * len(avals)
+    axes = tuple(shape.index(size) if size in shape else 0 for shape in shapes)
+    for i, (shape, axis) in enumerate(zip(shapes, axes, strict=True)):
+        _check_batched(call, i, shape, axis, size)
+    return axes
+
+
+def _check_batched(call: Vmap, output: int, shape: tuple[int, ...], axis: int, size: int) -> None:
+    aval = call.inner.out_avals[output]
+    expected = (*aval.shape[:axis], size, *aval.shape[axis:])
+    if shape != expected:
+        raise TorchCallError(
+            f"vmap of {call.inner.name} with vmap_method='batched': output {output} has shape {shape} for a batch of "
+            f"{size}, expected {expected}. The torch callable does not treat a leading axis as a batch of independent "
+            "examples; use vmap_method='auto'."
+        )
 
 
 def _vmap_failure(call: Vmap) -> str | None:
@@ -128,14 +184,20 @@ def _loop(call: Vmap, *tensors: torch.Tensor) -> Tensors:
 def _batched(call: Vmap, *tensors: torch.Tensor) -> Tensors:
     """One call of a natively batched function: batch axes lead, shared operands go in as they are."""
     outs = call.inner.run(*(x if d is None else x.movedim(d, 0) for x, d in zip(tensors, call.in_dims, strict=True)))
-    for i, (y, aval) in enumerate(zip(outs, call.inner.out_avals, strict=True)):
-        if tuple(y.shape) != (call.size, *aval.shape):
-            raise TorchCallError(
-                f"vmap of {call.inner.name} with vmap_method='batched': output {i} has shape {tuple(y.shape)} for a "
-                f"batch of {call.size}, expected {(call.size, *aval.shape)}. The torch callable does not treat a "
-                "leading axis as a batch of independent examples; use vmap_method='auto'."
-            )
-    return outs
+    for i, (y, axis) in enumerate(zip(outs, call._batch_axes, strict=True)):
+        _check_batched(call, i, tuple(y.shape), axis, call.size)
+    return tuple(y.movedim(axis, 0) for y, axis in zip(outs, call._batch_axes, strict=True))
+
+
+def _merged(call: Vmap, *tensors: torch.Tensor) -> Tensors:
+    """A batch of batches as one batch."""
+    inner = call.inner
+    assert isinstance(inner, Vmap)
+    merged = [
+        x if d is None or e is None else x.movedim(d, 0).movedim(e + 1, 1).flatten(0, 1)
+        for x, d, e in zip(tensors, call.in_dims, inner.in_dims, strict=True)
+    ]
+    return tuple(y.unflatten(0, (call.size, inner.size)) for y in call._merged_call.run(*merged))
 
 
 def _empty(call: Vmap, *tensors: torch.Tensor) -> Tensors:

@@ -64,12 +64,11 @@ class TorchCall:
         """Whether `run` may stand inside a `torch.func` transform."""
         raise AssertionError("abstract")
 
-    def derive(self, kind: type[Call], *statics: Any) -> Call:
+    def derive(self, kind: Callable[..., Call], *statics: Any) -> Call:
         """`kind(self, *statics)`, one object per set of statics, so that JAX's caches hit."""
         key = (kind, *statics)
         if key not in self._derived:
-            make: Callable[..., Call] = kind
-            self._derived[key] = make(self, *statics)
+            self._derived[key] = kind(self, *statics)
         return self._derived[key]
 
     @property

@@ -17,6 +17,14 @@ class StateError(TorchCallError):
     """The forward changes state (a buffer, an attribute) that the call could only lose."""
 
 
+class CapturedWriteError(StateError):
+    """The callable writes into a tensor that is neither an argument nor made by it."""
+
+    def __init__(self, message: str, tensor: Any):
+        super().__init__(message)
+        self.tensor = tensor
+
+
 class RandomnessError(TorchCallError):
     """The forward draws random numbers without a source that JAX controls."""
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import torch
+from jax.core import Tracer
 
 from . import dtypes
 from .arguments import Arguments, Filler
@@ -84,6 +85,14 @@ def torch_function(
     return TorchFunction(fn, **options)
 
 
+def check_options(vmap_method: Any, residuals: Any) -> None:
+    """`ValueError` naming an option that is none."""
+    if vmap_method not in _VMAP_METHODS:
+        raise ValueError(f"vmap_method must be one of {_VMAP_METHODS}, got {vmap_method!r}.")
+    if residuals not in ("live", "recompute"):
+        raise ValueError(f"residuals must be 'live' or 'recompute', got {residuals!r}.")
+
+
 class TorchFunction:
     """A torch callable as a JAX function; made by `torch_function`."""
 
@@ -105,10 +114,7 @@ class TorchFunction:
                 f"torch_function: fn is a torch.nn.Module ({type(fn).__name__}), whose parameters would be constants. "
                 "Use torchleaf.TorchModule(module) to have them as leaves, or module.forward to keep them constant."
             )
-        if vmap_method not in _VMAP_METHODS:
-            raise ValueError(f"vmap_method must be one of {_VMAP_METHODS}, got {vmap_method!r}.")
-        if residuals not in ("live", "recompute"):
-            raise ValueError(f"residuals must be 'live' or 'recompute', got {residuals!r}.")
+        check_options(vmap_method, residuals)
         self.name = name or _name_of(fn)
         if example_args is not None and not isinstance(example_args, tuple | list):
             raise TypeError(f"example_args must be a tuple of positional arguments, got {type(example_args).__name__}.")
@@ -182,7 +188,7 @@ class TorchFunction:
     def _example(self, arguments: Arguments, wanted: Sequence[torch.dtype]) -> list[torch.Tensor] | None:
         """Values to run the callable on once: `example_args` of the same shapes, or the arguments if not traced."""
         operands = arguments.operands
-        if any(isinstance(x, jax.core.Tracer) for x in operands):
+        if any(isinstance(x, Tracer) for x in operands):
             if self._example_args is None:
                 return None
             with jax.ensure_compile_time_eval():

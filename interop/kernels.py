@@ -9,6 +9,7 @@ gives other values at padded positions, so it stays off: a function and its grad
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -50,7 +51,7 @@ def _without_fast_path() -> Iterator[None]:
 class _Shared:
     """A global switch of torch's that several threads hold at once: off with the first, on after the last."""
 
-    def __init__(self, enter: Callable[[], contextlib.AbstractContextManager[None]]):
+    def __init__(self, enter: Callable[[], contextlib.AbstractContextManager[Any]]):
         self._enter, self._lock = enter, threading.Lock()
         self._users, self._exit = 0, contextlib.ExitStack()
 

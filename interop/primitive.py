@@ -32,7 +32,8 @@ _compiled = jax.jit(bind, static_argnums=0)
 
 @torch_call_p.def_impl
 def _impl(*operands: Any, call: TorchCall) -> list[jax.Array]:
-    results = _compiled(call, *operands)
+    with jax.disable_jit(False):  # it would evaluate `bind` again, for ever
+        results = _compiled(call, *operands)
     if isinstance(call, Save):
         drop_with(results[-1])
     return results
@@ -124,7 +125,7 @@ def _reverse_only(
 def _instantiate(primal: Any, tangent: Any) -> Any:
     if type(tangent) is not ad.Zero:
         return tangent
-    if tangent.aval.dtype == jax.dtypes.float0:
+    if jax.typeof(primal).to_tangent_aval().dtype == jax.dtypes.float0:
         return np.zeros(primal.shape, jax.dtypes.float0)
     return ad.instantiate_zeros(tangent)
 

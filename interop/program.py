@@ -7,6 +7,7 @@ process can never reach a callable of this one. Complex values travel as their r
 import gc
 import itertools
 import secrets
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -58,11 +59,14 @@ class Program:
 
     def run(self, call: TorchCall, buffers: Tensors) -> None:
         """Run the call on its operands and write what torch returned into XLA's result buffers."""
-        operands, results = buffers[: self._n_buffers], buffers[self._n_buffers :]
-        if self._n_buffers != len(self._in_parts):
-            operands = self._join(operands)
-        self._write(call, execute(call, *operands), iter(results))
-        self._check_escapes(call, buffers[: self._n_buffers])
+        operands = buffers[: self._n_buffers]
+        before = _holders(operands)
+        results = iter(buffers[self._n_buffers :])
+        self._write(call, execute(call, *(self._join(operands) if any(self._in_parts) else operands)), results)
+        if _holders(operands) != before:
+            gc.collect()  # reference cycles are not escapes
+            after = _holders(operands)
+            self._refuse_escapes(call, [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if b > a])
 
     def _write(self, call: TorchCall, outs: Tensors, results: Iterator[torch.Tensor]) -> None:
         for i, (out, (shape, has_parts)) in enumerate(zip(outs, self._outs, strict=True)):
@@ -78,17 +82,13 @@ class Program:
             else:
                 next(results).copy_(out)
 
-    def _check_escapes(self, call: TorchCall, buffers: Tensors) -> None:
-        """Refuse to leave behind tensors that view XLA's buffers, whose memory is reused at once."""
-        if all(_holders(x) == _ALONE for x in buffers):
-            return
-        gc.collect()  # reference cycles are not escapes
-        escaped = [i for i, x in enumerate(buffers) if _holders(x) > _ALONE]
+    def _refuse_escapes(self, call: TorchCall, escaped: Sequence[int]) -> None:
+        """Leave no tensors behind that view XLA's buffers, whose memory is reused at once."""
         if escaped:
             which = ", ".join(call.base.operand_name(i) for i in escaped)
             raise TorchCallError(
-                f"{call.base.name} keeps {which} (or a view of it) after it returns, whose memory belongs to XLA and is "
-                "reused at once. Return the tensor as an output, or store `tensor.clone()`."
+                f"{call.base.name} keeps {which} (or a view of it) after it returns, whose memory belongs to XLA "
+                "and is reused at once. Return the tensor as an output, or store `tensor.clone()`."
             )
 
     def _join(self, buffers: Sequence[torch.Tensor]) -> Tensors:
@@ -96,12 +96,9 @@ class Program:
         return tuple(torch.complex(next(feed), next(feed)) if parts else next(feed) for parts in self._in_parts)
 
 
-def _holders(tensor: torch.Tensor) -> int:
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-
-
-_ALONE = _holders(torch.zeros(1))
-"""How many hold the storage of a tensor that has no views."""
+def _holders(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """How many hold each tensor or its storage."""
+    return [sys.getrefcount(x) + torch._C._storage_Use_Count(x.untyped_storage()._cdata) for x in tensors]
 
 
 def is_complex(aval: Any) -> bool:

@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 import torch
+from torch._guards import active_fake_mode
 from torch._subclasses import fake_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import dtypes, kernels
 from .call import Aval
-from .errors import RandomnessError, TorchCallError, quote, signature_text
+from .errors import CapturedWriteError, RandomnessError, TorchCallError, quote, signature_text
 from .trees import flatten_registering, leaf_names
 from .trial import fake_mode
 
@@ -204,6 +205,7 @@ class _Observer(TorchDispatchMode):
         self.name = name
         self.mutated: set[int] = set()
         self.fused_kernels: set[str] = set()
+        self._fake = active_fake_mode() is not None  # then what the callable makes is fake, and only that
         self._operand_of = {s.cdata: i for i, s in enumerate(storages)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -229,6 +231,13 @@ class _Observer(TorchDispatchMode):
                 operand = self._operand_of.get(tensor.untyped_storage()._cdata)
                 if operand is not None:
                     self.mutated.add(operand)
+                elif self._fake and not isinstance(tensor, fake_tensor.FakeTensor):
+                    raise CapturedWriteError(
+                        f"{self.name} writes into a tensor of shape {tuple(tensor.shape)} that is not an argument but "
+                        "captured from outside, which a pure function must not. Pass it as an argument and return the "
+                        "new value.",
+                        tensor,
+                    )
 
 
 def _draws(arguments: dict[str, Any]) -> bool:

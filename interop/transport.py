@@ -30,9 +30,22 @@ def lower(ctx: mlir.LoweringRuleContext, *operands: Any, call: TorchCall) -> Any
     """MLIR lowering of one torch call. The executable keeps the callable alive."""
     call.prepare()
     ctx.module_context.add_keepalive(call)
-    has_target = set(ctx.module_context.platforms) <= _registered_platforms()
-    carry = functools.partial(_ffi_call if has_target else _host_call, call)
-    return mlir.lower_fun(carry, multiple_results=True)(ctx, *operands)
+    platforms = set(ctx.module_context.platforms)
+    carry = _ffi_call if platforms <= _registered_platforms() else _host_call
+    if "cuda" in platforms:
+        carry = functools.partial(_without_graph, carry)
+    return mlir.lower_fun(functools.partial(carry, call), multiple_results=True)(ctx, *operands)
+
+
+def _without_graph(carry: Any, call: TorchCall, *operands: jax.Array) -> list[jax.Array]:
+    """On a GPU a graph's handle would lie in device memory and reading it would synchronise: recompute instead."""
+    plain = call.graphless()
+    if plain is None:
+        return carry(call, *operands)
+    inner, kept = plain
+    inner.prepare()
+    handle = [jnp.zeros(aval.shape, aval.dtype) for aval in call.out_avals[len(inner.out_avals) :]]
+    return [*carry(inner, *(operands[i] for i in kept)), *handle]
 
 
 # --- XLA FFI -----------------------------------------------------------------------------------

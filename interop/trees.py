@@ -71,7 +71,7 @@ def _register(cls: type, node: Any) -> None:
     jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
 
 
-def _record(cls: type, keys: Iterable[str], values: Iterable[Any]) -> Any:
+def _record(cls: Any, keys: Iterable[str], values: Iterable[Any]) -> Any:
     """Build an output record without its constructor, which inspects values and drops None: JAX puts anything there."""
     record = cls.__new__(cls)
     OrderedDict.__init__(record)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import dtypes
@@ -34,12 +35,12 @@ def empty_like_avals(avals: Sequence[Any]) -> tuple[torch.Tensor, ...]:
 @contextlib.contextmanager
 def _without_vmap_fallback() -> Iterator[None]:
     """Make `torch.func.vmap` fail where it lacks a batching rule, instead of looping over that op with a warning."""
-    enabled = torch._C._functorch._is_vmap_fallback_enabled()
-    torch._C._functorch._set_vmap_fallback_enabled(False)
+    enabled = _functorch._is_vmap_fallback_enabled()
+    _functorch._set_vmap_fallback_enabled(False)
     try:
         yield
     finally:
-        torch._C._functorch._set_vmap_fallback_enabled(enabled)
+        _functorch._set_vmap_fallback_enabled(enabled)
 
 
 def trial_run(function: Callable[..., Any], avals: Sequence[Any]) -> Exception | None:

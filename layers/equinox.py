@@ -5,6 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import torch
+from jax.core import Tracer
 from jaxtyping import Array
 
 from ..interop.call import Residuals, VmapMethod
@@ -81,7 +82,7 @@ class TorchModule(eqx.Module):
     def call(self, method: str, /, *args: Any, key: Any = None, **kwargs: Any) -> Any:
         """Run another method of the torch module, e.g. `model.call("encode", x)`, as `__call__` runs `forward`."""
         del key
-        if isinstance(self.inference, jax.core.Tracer):
+        if isinstance(self.inference, Tracer):
             raise TypeError(
                 f"{self.module.name}: `inference` is traced; a flag that chooses code must be static. Use "
                 "eqx.filter_jit (filter_grad, ...) instead of jax.jit, or eqx.partition the model by eqx.is_array."
@@ -91,4 +92,4 @@ class TorchModule(eqx.Module):
 
 
 def _stop_gradient(x: Any) -> Any:
-    return jax.lax.stop_gradient(x) if isinstance(x, jax.core.Tracer) else x
+    return jax.lax.stop_gradient(x) if isinstance(x, Tracer) else x

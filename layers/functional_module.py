@@ -10,25 +10,17 @@ from typing import Any, Literal
 
 import jax
 import torch
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from ..interop import dtypes
 from ..interop.arguments import Arguments, Filler
 from ..interop.arrays import tensor_to_jax
 from ..interop.call import Aval
-from ..interop.errors import StateError, TorchCallError
-from ..interop.function import Flat, TorchFunction
+from ..interop.errors import CapturedWriteError, StateError, TorchCallError
+from ..interop.function import Flat, TorchFunction, check_options
 from ..interop.trace import Trace
-from .skeleton import (
-    SkeletonPool,
-    assigned_attributes,
-    attribute_values,
-    copy_replacing,
-    in_mode,
-    named_tensors,
-    put_back,
-    stray_tensors,
-)
+from .attributes import attribute_changes, attribute_values, put_back, stray_tensors
+from .skeleton import Skeleton, SkeletonPool, copy_replacing, in_mode, named_tensors
 
 Kind = Literal["params", "frozen", "buffers"]
 Weights = Mapping[str, torch.Tensor]
@@ -56,6 +48,7 @@ class FunctionalModule:
 
     def __init__(self, module: torch.nn.Module, **options: Any):
         _check_module(module)
+        check_options(options["vmap_method"], options["residuals"])
         self.name = type(module).__name__
         self.training = module.training
         self.specs = {name: Spec(_kind(t), tuple(t.shape), t.dtype) for name, t in named_tensors(module)}
@@ -121,7 +114,13 @@ class _ModuleFunction(TorchFunction):
         super().__init__(getattr(module.skeleton, method), name=name, **module._options)
 
     def __call__(self, weights: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        leading = {name: weights[name] for name in self._names}
+        leading = {name: weights.get(name) for name in self._names}
+        missing = [name for name, leaf in leading.items() if leaf is None]
+        if missing:
+            raise TypeError(
+                f"{self.name}: leaf {missing[0]!r} is missing from the model. If it was partitioned, put it together "
+                "again before the call: `eqx.combine(params, static)`."
+            )
         return self.apply(Arguments(args, kwargs, self._signature, leading))
 
     def runner(self, fill: Filler) -> Flat:
@@ -154,32 +153,38 @@ class _ModuleFunction(TorchFunction):
             args, kwargs = fill(tensors[len(self._names) :])
             self._check_shapes(weights)
             skeleton = self._pool.borrow()
-            try:
-                return self._observe(skeleton.module, weights, args, kwargs)
-            finally:
-                self._pool.give_back(skeleton)
+            output = self._observe(skeleton, weights, args, kwargs)
+            self._pool.give_back(skeleton)  # one in which the forward failed is not used again
+            return output
 
         return observe
 
     def _observe(
-        self, module: torch.nn.Module, weights: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, skeleton: Skeleton, weights: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        inputs = [leaf for leaf in jax.tree.leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        with assigned_attributes(module) as assigned:
-            output = self._functional_call(module, weights, args, kwargs)
+        module, inputs = skeleton.module, [x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        with attribute_changes(module) as changes:
+            try:
+                output = self._functional_call(module, weights, args, kwargs)
+            except CapturedWriteError as exc:
+                skeleton.reset()
+                raise _state_error(
+                    self.name, f"attribute `{next(stray_tensors(module, aliasing=[exc.tensor]))}`"
+                ) from exc
+            skeleton.reset()  # functional_call leaves a module that stands in two places with tensors in it
             attribute = next(stray_tensors(module, aliasing=inputs), None)
             if attribute is not None:
                 raise TorchCallError(
                     f"{self.name} keeps an argument, or a view of it, in its attribute `{attribute}`, whose memory "
                     "belongs to XLA and is reused at once. Return the tensor as an output, or store `tensor.clone()`."
                 )
-        for path, name, before, after in assigned:
-            if isinstance(after, bool | int | float | str) and after != before:
-                raise _state_error(self.name, f"attribute `{path}{name}`")
-            self._assigned.add((path, name))
+        for change in changes:
+            if change.is_state:
+                raise _state_error(self.name, f"attribute `{change.path}{change.name}`")
+            self._assigned.add((change.path, change.name))
         attribute = next(stray_tensors(module, fake=True), None)
         if attribute is not None:
-            raise _state_error(self.name, f"attribute `{attribute}` (a container of tensors)")
+            raise _state_error(self.name, f"attribute `{attribute}`")
         return output
 
     def _functional_call(
@@ -252,7 +257,7 @@ def _check_module(module: Any) -> None:
             "compiled code. Wrap the Python module it was scripted from."
         )
     for name, tensor in named_tensors(module):
-        if isinstance(tensor, UninitializedTensorMixin):
+        if is_lazy(tensor):
             raise TypeError(
                 f"TorchModule: {type(module).__name__}.{name} is uninitialised (a lazy module). Run the torch module "
                 "once on an example input before wrapping it."
