@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import sys
 from pathlib import Path
 
 import equinox as eqx
@@ -98,6 +99,14 @@ def _imports(source):
             yield from ((alias.name, 0, id(node) in inner) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.module or node.names[0].name, node.level, id(node) in inner
+
+
+def test_the_package_is_loaded_once():
+    """pytest would import the repository root, which is the package too, under the directory's name."""
+    loaded = [
+        n for n, m in sys.modules.items() if (getattr(m, "__file__", None) or "").endswith("interop/primitive.py")
+    ]
+    assert loaded == ["torchleaf.interop.primitive"]
 
 
 def test_import_is_light():
