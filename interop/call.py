@@ -95,7 +95,10 @@ class TorchCall:
         )
 
     def select(self, used: tuple[int, ...]) -> "tuple[TorchCall, tuple[int, ...]] | None":
-        """A cheaper call that computes the `used` outputs only, and the operands it needs; None if there is none."""
+        """A cheaper call and the operands it needs; None if there is none.
+
+        It gives the `used` outputs, or else the first few that hold all of them.
+        """
         return None
 
     def graphless(self) -> "tuple[TorchCall, tuple[int, ...]] | None":

@@ -131,9 +131,11 @@ class Jvp(_Derivative):
     @cached_property
     def _strategy(self) -> Callable[..., Tensors]:
         """Forward mode where torch has every formula; else reverse mode twice; else plain autograd."""
-        for strategy in (_forward_mode, _reverse_twice) if self.inner.composable else ():
-            if trial_run(self._trial(strategy), self.in_avals) is None:
-                return strategy
+        if self.inner.composable and trial_run(self._trial(_forward_mode), self.in_avals) is None:
+            return _forward_mode
+        pullback = self.inner.derive(Vjp, self.active, self.outs, False)
+        if pullback.composable and trial_run(self._trial(_reverse_twice), self.in_avals) is None:
+            return _reverse_twice
         return reverse.pushforward
 
     def _trial(self, strategy: Callable[..., Tensors]) -> Callable[..., Tensors]:
@@ -185,7 +187,12 @@ class Vjp(_Derivative):
 
     @cached_property
     def composable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self.inner.composable and trial_run(self._functional, self.in_avals) is None
+        return self.inner.composable and trial_run(self._trial, self.in_avals) is None
+
+    def _trial(self, *tensors: torch.Tensor) -> None:
+        self._functional(*tensors)
+        with torch.enable_grad():  # where torch.func would give zeros for a second derivative, torch.autograd raises
+            self._autograd(*tensors)
 
     def _functional(self, *tensors: torch.Tensor) -> Tensors:
         primals, cotangents = self._split(tensors)

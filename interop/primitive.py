@@ -164,9 +164,10 @@ def _dce(used_outputs: list[bool], eqn: Any) -> tuple[list[bool], Any]:
     if selected is None:
         return [True] * len(eqn.invars), eqn
     call, operands = selected
+    given = used if len(call.out_avals) == len(used) else range(len(call.out_avals))
     smaller = eqn.replace(
         invars=[eqn.invars[i] for i in operands],
-        outvars=[eqn.outvars[i] for i in used],
+        outvars=[eqn.outvars[i] for i in given],
         params={"call": call},
     )
     return [i in operands for i in range(len(eqn.invars))], smaller

@@ -85,7 +85,8 @@ class Graph:
         """Run the call and keep its graph; nothing of `operands` is kept."""
         self._operand_of = {x.untyped_storage()._cdata: i for i, x in enumerate(operands)}
         with torch.enable_grad(), saved_tensors_hooks(self._pack, self._unpack):
-            entered = _Enter.apply(_anchor, *(operands[i] for i in self._active))
+            # Each operand gets a node of its own (a view's), for torch computes all gradients that flow into a node.
+            entered = [x.view_as(x) for x in _Enter.apply(_anchor, *(operands[i] for i in self._active))]
             given = list(operands)
             for i, x in zip(self._active, entered, strict=True):
                 given[i] = x

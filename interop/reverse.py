@@ -4,6 +4,7 @@ Everything here may run inside an outer `torch.autograd` graph and is differenti
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -16,6 +17,8 @@ def pullback(function: Function, xs: Tensors, cotangents: Tensors) -> Tensors:
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         outs, leaves = _forward(function, xs)
+        if create_graph:  # torch marks what cannot be differentiated again only where cotangents require gradients
+            cotangents = tuple(ct if ct.requires_grad else ct.detach().requires_grad_() for ct in cotangents)
         return gradients(outs, leaves, cotangents, create_graph=create_graph)
 
 
@@ -71,12 +74,32 @@ def gradients(
         retain_graph=retain_graph,
         allow_unused=True,
     )
+    if create_graph:
+        _refuse_dead_ends([g for g in grads if g is not None])
     return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, xs, strict=True))
+
+
+def _refuse_dead_ends(grads: Sequence[torch.Tensor]) -> None:
+    """Raise where a backward formula marked `once_differentiable` cuts the graph of gradients.
+
+    torch puts an error there, but never reaches it: what lies behind is taken for unused, its gradient for zero.
+    """
+    seen: set[Any] = set()
+    nodes = [g.grad_fn for g in grads]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
 
 
 def conj(tensors: Tensors) -> Tensors:
     """From torch's gradients to JAX's cotangents and back: complex ones are each other's conjugate."""
-    return tuple(t.conj() if t.is_complex() else t for t in tensors)
+    # Physical: the imaginary part of a lazy conjugate is a negative view, which torch.func.vmap cannot batch.
+    return tuple(t.conj_physical() if t.is_complex() else t for t in tensors)
 
 
 def _forward(function: Function, xs: Tensors) -> tuple[Tensors, Tensors]:
