@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class Recorder:
@@ -24,18 +25,38 @@ class Recorder:
         return self._function(*tensors)
 
 
-class OpCounter(TorchDispatchMode):
-    """Counts the aten ops that compute on values while it is entered, and notes the shapes they give."""
+class OpLog:
+    """The aten ops that compute on values inside the functions it wraps, on whichever thread they run."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.counts: Counter[str] = Counter()
         self.shapes: set[tuple[int, ...]] = set()
+        """Shapes of everything computed."""
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, its ops logged; dispatch modes are per thread, so each call enters its own."""
+
+        def logged(*args: Any, **kwargs: Any) -> Any:
+            with _Mode(self):
+                return function(*args, **kwargs)
+
+        return logged
+
+    @property
+    def matmuls(self) -> int:
+        """How many matrix products ran, single or batched."""
+        return sum(self.counts[op] for op in ("mm", "addmm", "bmm", "baddbmm"))
+
+
+class _Mode(TorchDispatchMode):
+    def __init__(self, log: OpLog):
+        super().__init__()
+        self._log = log
 
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        tensors = [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+        tensors = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
         if not any(is_fake(x) for x in tensors):
-            self.counts[func.overloadpacket.__name__] += 1
-            self.shapes.update(tuple(x.shape) for x in tensors)
+            self._log.counts[func.overloadpacket.__name__] += 1
+            self._log.shapes.update(tuple(x.shape) for x in tensors)
         return out
