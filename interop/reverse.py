@@ -98,8 +98,8 @@ def _refuse_dead_ends(grads: Sequence[torch.Tensor]) -> None:
 
 def conj(tensors: Tensors) -> Tensors:
     """From torch's gradients to JAX's cotangents and back: complex ones are each other's conjugate."""
-    # Physical: the imaginary part of a lazy conjugate is a negative view, which torch.func.vmap cannot batch.
-    return tuple(t.conj_physical() if t.is_complex() else t for t in tensors)
+    # Resolved: the imaginary part of a lazy conjugate is a negative view, which torch.func.vmap cannot batch.
+    return tuple(t.conj().resolve_conj() if t.is_complex() else t for t in tensors)
 
 
 def _forward(function: Function, xs: Tensors) -> tuple[Tensors, Tensors]:
