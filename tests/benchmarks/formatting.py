@@ -2,13 +2,14 @@
 
 import re
 
+_UNITS = (("s", 1), ("ms", 1e3), ("µs", 1e6))
+
 
 def duration(seconds: float) -> str:
     """In a unit that leaves three significant digits."""
-    for unit, scale in (("s", 1), ("ms", 1e3), ("µs", 1e6)):
-        if seconds * scale >= 1 or unit == "µs":
-            return f"{seconds * scale:.3g} {unit}" if seconds * scale < 1000 else f"{seconds * scale:.0f} {unit}"
-    raise AssertionError("unreachable")
+    unit, scale = next(((u, s) for u, s in _UNITS if seconds * s >= 0.9995), _UNITS[-1])
+    value = seconds * scale
+    return f"{value:.3g} {unit}" if value < 999.5 else f"{value:.0f} {unit}"
 
 
 def factor(ratio: float) -> str:

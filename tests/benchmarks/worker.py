@@ -16,8 +16,7 @@ import memory
 import steps
 from cases import CASES
 
-_SAMPLES = 50
-_WARM_CALLS = 3
+_SAMPLES, _FEWEST = 50, 3
 
 
 def measure(case_name: str, task: str, contender: str, seconds: float) -> dict[str, Any]:
@@ -50,7 +49,7 @@ def measure(case_name: str, task: str, contender: str, seconds: float) -> dict[s
 def _warm_up(step: steps.Step, seconds: float) -> float:
     """Run until caches are warm; returns the time of one call."""
     began, calls = time.perf_counter(), 0
-    while calls < _WARM_CALLS or time.perf_counter() - began < seconds:
+    while calls == 0 or time.perf_counter() - began < seconds:
         step.run()
         calls += 1
     return (time.perf_counter() - began) / calls
@@ -59,7 +58,7 @@ def _warm_up(step: steps.Step, seconds: float) -> float:
 def _time(step: steps.Step, per_call: float, seconds: float) -> list[float]:
     """Seconds per call, in samples of as many calls as make about `_SAMPLES` samples."""
     calls = max(1, round(seconds / _SAMPLES / per_call))
-    samples = max(_WARM_CALLS, min(_SAMPLES, round(seconds / calls / per_call)))
+    samples = max(_FEWEST, min(_SAMPLES, round(seconds / calls / per_call)))
     times = []
     for _ in range(samples):
         began = time.perf_counter()
