@@ -2,10 +2,10 @@
 
 from .interop import RandomnessError as RandomnessError
 from .interop import StateError as StateError
+from .interop import TorchCallError as TorchCallError
 from .interop import to_jax as to_jax
 from .interop import to_torch as to_torch
 from .interop import torch_function as torch_function
-from .interop import TorchCallError as TorchCallError
 from .layers import equinox as equinox
 from .layers.equinox import TorchModule as TorchModule
 from .layers.weights import load_state_dict as load_state_dict

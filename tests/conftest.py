@@ -6,6 +6,9 @@ import pytest
 import torch
 
 
+torch.set_num_threads(1)  # the suite's processes share the cores; teams of spinning threads would slow all of them
+
+
 def pytest_collection_modifyitems(items):
     has_gpu = torch.cuda.is_available() and any(d.platform == "gpu" for d in jax.devices())
     for item in items:
