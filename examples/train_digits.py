@@ -20,6 +20,7 @@ import torch
 import torchleaf
 from jaxtyping import Array, Float, Int
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
@@ -192,7 +193,7 @@ def compare(ours: History, theirs: History) -> Float[np.ndarray, " steps"]:
 
 def plot(ours: History, theirs: History, differences: np.ndarray, path: str) -> None:
     """Losses, their difference and test accuracies, as a PNG."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4), layout=ConstrainedLayoutEngine(wspace=0.06))
     losses, gap, accuracies = figure.subplots(1, 3)
     steps, epochs = np.arange(1, len(ours.losses) + 1), np.arange(1, len(ours.accuracies) + 1)
     wide = {"color": "#9ecae1", "linewidth": 4, "label": "torch encoder in Equinox, optax"}
@@ -206,7 +207,8 @@ def plot(ours: History, theirs: History, differences: np.ndarray, path: str) -> 
     gap.semilogy(steps, np.maximum(differences, 1e-9), color="#08306b", linewidth=1)
     gap.axhline(LOSS_TOLERANCE, color="#cb181d", linestyle="--", linewidth=1)
     gap.text(steps[-1], LOSS_TOLERANCE * 1.3, "tolerance", color="#cb181d", ha="right")
-    gap.set(title="Difference between the losses (0 drawn at 1e-9)", xlabel="step", ylim=(5e-10, 10 * LOSS_TOLERANCE))
+    gap.set(title="Difference between the losses", xlabel="step", ylabel="absolute, 0 drawn at 1e-9")
+    gap.set_ylim(5e-10, 10 * LOSS_TOLERANCE)
 
     accuracies.plot(epochs, 100 * ours.accuracies, **wide)
     accuracies.plot(epochs, 100 * theirs.accuracies, **thin)
