@@ -45,7 +45,7 @@ def main() -> None:
                     record = _measure(job, options, Path(scratch))
                     runs[job].append(record)
                     _progress(number, options.rounds, time.monotonic() - began, job, record)
-            _save(options, runs, rounds=number + 1)
+                _save(options, runs, rounds=number + 1)
     report.write(options.output)
 
 
