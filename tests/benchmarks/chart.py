@@ -9,6 +9,8 @@ from cases import CASES
 from contenders import BASELINE, CONTENDERS
 from formatting import factor
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogFormatter
 from results import Results
 
 _COLOURS = {
@@ -42,7 +44,8 @@ def draw(results: Results, task: str, path: Path) -> None:
         _frame(axes, [CASES[case].title for case in cases])
         rounds, threads = results.settings["rounds"], results.settings["threads"]
         axes.set_title(f"{task} (threads: {threads}; rounds: {rounds})")
-        figure.legend(loc="outside lower center", ncols=4, frameon=False)
+        handles = [Patch(color=_COLOURS[c], label=c) for c in contenders]
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
         figure.savefig(path, dpi=150)
 
 
@@ -55,7 +58,7 @@ def _ratio(results: Results, case: str, task: str, contender: str) -> float | st
 def _bars(axes: Any, ratios: dict[float, float | str], height: float, contender: str) -> None:
     measured = {y: ratio for y, ratio in ratios.items() if not isinstance(ratio, str)}
     lengths = [ratio - 1 for ratio in measured.values()]
-    axes.barh(list(measured), lengths, height=height, left=1, color=_COLOURS[contender], label=contender)
+    axes.barh(list(measured), lengths, height=height, left=1, color=_COLOURS[contender])
     for y, ratio in ratios.items():
         text, x = (ratio, 1.0) if isinstance(ratio, str) else (factor(ratio), ratio)
         aside = {"ha": "left", "xytext": (3, 0)} if x >= 1 else {"ha": "right", "xytext": (-3, 0)}
@@ -70,6 +73,7 @@ def _frame(axes: Any, titles: list[str]) -> None:
     axes.margins(x=0.1)
     axes.set_xlabel("time per call / native torch (left is faster)")
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))  # labels where there is less than a decade
     axes.grid(axis="x", which="major", linewidth=0.4, alpha=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
