@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-
 torch.set_num_threads(1)  # the suite's processes share the cores; teams of spinning threads would slow all of them
 
 
