@@ -57,7 +57,8 @@ def torch_function(
       leading in every batched array, for a function that takes batches itself; `"loop"`: example by example inside
       one call; `"auto"`: `"vmap"` where torch has the batching rules, otherwise `"loop"`, with a warning.
     - `residuals`: what reverse mode keeps from the forward call. `"live"`: torch's autograd graph, so that the backward
-      call need not run the forward again (on a GPU, for now, it does); `"recompute"`: the arguments only, and the backward call runs the forward again.
+      call need not run the forward again (on a GPU, for now, it does); `"recompute"`: the arguments only, and the
+      backward call runs the forward again.
     - `forward_mode`: with False, derivatives go through `jax.custom_vjp` and forward mode raises JAX's message;
       for torch code that has no forward-mode formula.
     - `out_shape`: a pytree of `jax.ShapeDtypeStruct` like the output, for a function that inspects values
