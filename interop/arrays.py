@@ -1,19 +1,18 @@
 """`to_jax` and `to_torch`: arrays of one framework as views in the other, over any pytree."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 from jax.core import Tracer
+from jaxtyping import PyTree
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import dtypes
 from .trees import flatten_registering
 
 
-def to_jax(tree: Any, *, copy: bool = False) -> Any:
+def to_jax(tree: PyTree, *, copy: bool = False) -> PyTree:
     """View every `torch.Tensor` in a pytree as a `jax.Array`, through DLPack.
 
     The array shares the tensor's memory (CPU and CUDA) when the tensor's strides are a
@@ -47,7 +46,7 @@ def to_jax(tree: Any, *, copy: bool = False) -> Any:
     return jax.tree.unflatten(treedef, converted)
 
 
-def to_torch(tree: Any, *, copy: bool = False) -> Any:
+def to_torch(tree: PyTree, *, copy: bool = False) -> PyTree:
     """View every `jax.Array` in a pytree as a `torch.Tensor`, through DLPack.
 
     The tensor shares the array's memory (CPU and CUDA). JAX arrays are immutable and torch

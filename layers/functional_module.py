@@ -168,9 +168,10 @@ class _ModuleFunction(TorchFunction):
                 output = self._functional_call(module, weights, args, kwargs)
             except CapturedWriteError as exc:
                 skeleton.reset()
-                raise _state_error(
-                    self.name, f"attribute `{next(stray_tensors(module, aliasing=[exc.tensor]))}`"
-                ) from exc
+                attribute = next(stray_tensors(module, aliasing=[exc.tensor]), None)
+                if attribute is None:  # a closure or a global holds it
+                    raise
+                raise _state_error(self.name, f"attribute `{attribute}`") from exc
             skeleton.reset()  # functional_call leaves a module that stands in two places with tensors in it
             attribute = next(stray_tensors(module, aliasing=inputs), None)
             if attribute is not None:

@@ -309,3 +309,17 @@ def test_a_result_kept_for_inspection_does_not_stay():
     for x in (X, 2 * X):
         assert jnp.allclose(model(x), module(torchleaf.to_torch(x)).detach().numpy(), rtol=1e-5)
     assert not hasattr(model.module.skeleton.child, "last")
+
+
+def test_write_into_a_tensor_of_no_module():
+    total = torch.zeros(3)
+
+    class Accumulating(torch.nn.Module):
+        def forward(self, x):
+            total.add_(1)
+            return x + total
+
+    model = TorchModule(Accumulating())
+    with pytest.raises(StateError, match=r"Accumulating writes into a tensor of shape .*captured"):
+        model(jnp.ones(3))
+    assert torch.equal(total, torch.zeros(3))
