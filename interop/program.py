@@ -85,7 +85,8 @@ class Program:
     def _refuse_escapes(self, call: TorchCall, escaped: Sequence[int]) -> None:
         """Leave no tensors behind that view XLA's buffers, whose memory is reused at once."""
         if escaped:
-            which = ", ".join(call.base.operand_name(i) for i in escaped)
+            operand_of = [i for i, parts in enumerate(self._in_parts) for _ in range(1 + parts)]
+            which = ", ".join(call.base.operand_name(operand_of[i]) for i in escaped)
             raise TorchCallError(
                 f"{call.base.name} keeps {which} (or a view of it) after it returns, whose memory belongs to XLA "
                 "and is reused at once. Return the tensor as an output, or store `tensor.clone()`."

@@ -76,3 +76,23 @@ LAYER = Twin(_layer_torch, _layer_jax, ((3,), (2, 3), (2,)))
 ATTENTION = Twin(_attention_torch, _attention_jax, ((3, 2), (4, 2), (4, 2)))
 SCALAR = Twin(_scalar_torch, _scalar_jax, ((4,), (4,)))
 SEVERAL = Twin(_several_torch, _several_jax, ((2,), (3,)))
+
+
+def total(function):
+    """A scalar of what `function` returns, to take gradients of."""
+    return lambda *args: jnp.sin(function(*args)).sum()
+
+
+class Opaque(torch.autograd.Function):
+    """`x**2 * y` with `ctx` in `forward`, which torch.func refuses, and a backward that cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.save_for_backward(x, y)
+        return x**2 * y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, y = ctx.saved_tensors
+        return 2 * x * y * grad, x**2 * grad

@@ -9,14 +9,11 @@ import torchleaf
 import twins
 from compare import assert_trees_close, eager_and_jit, from_torch
 from torch.nn import functional as F
+from twins import Opaque, total
 
 
 def close(actual, expected):
     assert_trees_close(actual, expected, rtol=1e-3, atol=1e-5)
-
-
-def total(function):
-    return lambda *args: jnp.sin(function(*args)).sum()
 
 
 # --- ops without forward-mode formulas, each with a JAX twin -------------------------------------------
@@ -31,21 +28,6 @@ class OldStyle(torch.autograd.Function):
         return x**2 * y
 
     @staticmethod
-    def backward(ctx, grad):
-        x, y = ctx.saved_tensors
-        return 2 * x * y * grad, x**2 * grad
-
-
-class Opaque(torch.autograd.Function):
-    """The same, with a backward pass that cannot be differentiated."""
-
-    @staticmethod
-    def forward(ctx, x, y):
-        ctx.save_for_backward(x, y)
-        return x**2 * y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, y = ctx.saved_tensors
         return 2 * x * y * grad, x**2 * grad
