@@ -34,7 +34,7 @@ class OldStyle(torch.autograd.Function):
 
 
 class OpaqueWithSetup(torch.autograd.Function):
-    """The same in torch's newer style, which torch.func accepts, giving zeros for second derivatives."""
+    """`Opaque` in torch's newer style, which torch.func accepts, giving zeros for second derivatives."""
 
     @staticmethod
     def forward(x, y):
