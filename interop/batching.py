@@ -31,7 +31,7 @@ class Vmap(TorchCall):
         self.inner, self.in_dims, self.out_dims = inner, in_dims, out_dims
         self.size, self.method = size, method
         self.base, self.linear_operands = inner.base, inner.linear_operands
-        self.differentiated = inner.differentiated
+        self.differentiated, self.operations = inner.differentiated, size * inner.operations
         self.plain_kernels = True  # fused attention has no batching rule
         self.in_avals = tuple(_batched_aval(a, d, size) for a, d in zip(inner.in_avals, in_dims, strict=True))
         self.out_avals = tuple(_batched_aval(a, d, size) for a, d in zip(inner.out_avals, out_dims, strict=True))

@@ -45,6 +45,9 @@ class TorchCall:
     plain_kernels: bool = False
     """Whether running the call may ask torch for derivatives that fused kernels lack."""
 
+    operations: float
+    """How many floating-point operations the call takes, about."""
+
     def __init__(self) -> None:
         self._derived: dict[Any, Any] = {}
 
@@ -129,6 +132,7 @@ class Base(TorchCall):
         operand_names: Sequence[str],
         in_avals: Sequence[Aval],
         out_avals: Sequence[Aval],
+        operations: float,
         fakeable: bool,
         fused_kernels: frozenset[str],
         forward_mode: bool,
@@ -138,7 +142,7 @@ class Base(TorchCall):
         super().__init__()
         self.base = self
         self.function, self.name, self._operand_names = function, name, operand_names
-        self.fakeable, self.fused_kernels = fakeable, fused_kernels
+        self.operations, self.fakeable, self.fused_kernels = operations, fakeable, fused_kernels
         self.in_avals, self.out_avals = tuple(in_avals), tuple(out_avals)
         self.forward_mode, self.vmap_method, self.residuals = forward_mode, vmap_method, residuals
         self.warned = False  # about falling back to a loop

@@ -39,6 +39,7 @@ class _Derivative(TorchCall):
         super().__init__()
         self.inner, self.active, self.outs, self.live = inner, active, outs, live
         self.base, self.differentiated = inner.base, True
+        self.operations = 3 * inner.operations
         self.plain_kernels = inner.plain_kernels or inner.differentiated or isinstance(self, Jvp)
         self.n_inner = len(inner.in_avals)
         self.n_primals = self.n_inner + live

@@ -4,6 +4,7 @@ Numbers start at random in each process, so that a program which JAX's persisten
 process can never reach a callable of this one. Complex values travel as their real and imaginary parts.
 """
 
+import functools
 import gc
 import itertools
 import secrets
@@ -15,6 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import torch
 
+from . import threads
 from .call import Aval, Tensors, TorchCall, execute
 from .errors import TorchCallError, runtime_message
 
@@ -39,12 +41,9 @@ def run_program(number: int, *buffers: torch.Tensor) -> None:
             "This program holds a torch call that is not alive in this process: it was compiled by another one "
             "(exported or serialised). Trace and compile it here; a torch callable cannot be serialised."
         )
-    failure = None
-    try:
-        _program_of[call].run(call, buffers)
-    except Exception as exc:  # every exception of the user's code must cross XLA as text
-        failure = runtime_message(call.base.name, call.base.signature, exc)
-    if failure is not None:  # raised here, the error holds no frame that views XLA's buffers
+    work = functools.partial(_program_of[call].attempt, call, buffers)
+    failure = threads.run(work, call.operations) if buffers and buffers[0].is_cpu else work()
+    if failure is not None:
         raise TorchCallError(failure)
 
 
@@ -56,6 +55,14 @@ class Program:
         self._in_parts = [is_complex(aval) for aval in call.in_avals]
         self._n_buffers = len(self._in_parts) + sum(self._in_parts)
         self._outs = [(aval.shape, is_complex(aval)) for aval in call.out_avals]
+
+    def attempt(self, call: TorchCall, buffers: Tensors) -> str | None:
+        """Run the call; an error as text, which holds no frame that views XLA's buffers."""
+        try:
+            self.run(call, buffers)
+        except Exception as exc:  # every exception of the user's code must cross XLA
+            return runtime_message(call.base.name, call.base.signature, exc)
+        return None
 
     def run(self, call: TorchCall, buffers: Tensors) -> None:
         """Run the call on its operands and write what torch returned into XLA's result buffers."""

@@ -46,7 +46,7 @@ class Save(TorchCall):
     def __init__(self, inner: TorchCall, active: tuple[int, ...]):
         super().__init__()
         self.inner, self.active, self.base = inner, active, inner.base
-        self.plain_kernels = inner.plain_kernels
+        self.plain_kernels, self.operations = inner.plain_kernels, inner.operations
         self.name = f"save({inner.name})"
         self.in_avals, self.out_avals = inner.in_avals, (*inner.out_avals, HANDLE)
 

@@ -51,6 +51,7 @@ class Specialized:
             operand_names=operand_names,
             in_avals=in_avals,
             out_avals=found.out_avals,
+            operations=found.operations,
             fakeable=found.fakeable,
             fused_kernels=found.fused_kernels,
             **options,

@@ -1,6 +1,7 @@
 """Abstract evaluation: run a torch callable once, without computing, to learn what it returns and does."""
 
 import gc
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import dtypes, kernels
 from .call import Aval
 from .errors import CapturedWriteError, RandomnessError, TorchCallError, quote, signature_text
+from .operations import operations
 from .trees import flatten_registering, leaf_names
 from .trial import fake_mode
 
@@ -34,6 +36,8 @@ class Trace:
     """Operands the callable writes into, or may write into depending on values."""
     fused_kernels: frozenset[str]
     """The fused kernels it uses that have replacements (`kernels.py`)."""
+    operations: float
+    """How many floating-point operations it takes, about (`operations.py`)."""
     fakeable: bool = True
     """Whether it runs on fake tensors."""
 
@@ -85,7 +89,7 @@ def _trace_values(
     """Shapes of a callable that fake tensors cannot go through."""
     if out_shape is not None:
         treedef, leaves = declared(out_shape)
-        return Trace(treedef, leaves, frozenset(range(len(operand_specs))), kernels.ALL, fakeable=False)
+        return Trace(treedef, leaves, frozenset(range(len(operand_specs))), kernels.ALL, math.inf, fakeable=False)
     operands = example()
     if operands is None and not _depends_on_values(cause):
         operands = [torch.zeros(s, dtype=d) for s, d in operand_specs]  # shapes alone decide what it does
@@ -144,7 +148,9 @@ def _observe(
             "hook or an attribute still holds the tensor, whose memory belongs to XLA and is reused at once. Return "
             "the tensor as an output, or store `tensor.clone()`."
         )
-    return Trace(treedef, leaves, frozenset(observer.mutated), frozenset(observer.fused_kernels))
+    return Trace(
+        treedef, leaves, frozenset(observer.mutated), frozenset(observer.fused_kernels), observer.operations
+    )
 
 
 def _describe(output: Any, name: str) -> tuple[Any, tuple[Any, ...]]:
@@ -205,6 +211,7 @@ class _Observer(TorchDispatchMode):
         self.name = name
         self.mutated: set[int] = set()
         self.fused_kernels: set[str] = set()
+        self.operations = 0.0
         self._fake = active_fake_mode() is not None  # then what the callable makes is fake, and only that
         self._operand_of = {s.cdata: i for i, s in enumerate(storages)}
 
@@ -223,7 +230,9 @@ class _Observer(TorchDispatchMode):
         for argument in declared:
             if argument.alias_info is not None and argument.alias_info.is_write:
                 self._note_write(arguments.get(argument.name))
-        return func(*args, **kwargs)
+        output = func(*args, **kwargs)
+        self.operations += operations(func, args, kwargs, output)
+        return output
 
     def _note_write(self, written: Any) -> None:
         for tensor in written if isinstance(written, list | tuple) else [written]:

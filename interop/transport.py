@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from jax.interpreters import mlir
 
-from . import dtypes
+from . import dtypes, threads
 from .call import Aval, TorchCall
 from .program import is_complex, part_avals, program_of, run_program
 
@@ -29,6 +29,7 @@ _TARGET = "torchleaf_call"
 def lower(ctx: mlir.LoweringRuleContext, *operands: Any, call: TorchCall) -> Any:
     """MLIR lowering of one torch call. The executable keeps the callable alive."""
     call.prepare()
+    threads.settle()
     ctx.module_context.add_keepalive(call)
     platforms = set(ctx.module_context.platforms)
     carry = _ffi_call if platforms <= _registered_platforms() else _host_call

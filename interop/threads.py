@@ -1,0 +1,141 @@
+"""Where a torch call runs on the CPU, and on how many cores.
+
+XLA runs programs on the threads of a pool. OpenMP, with which torch parallelises, keeps a team of threads for each thread
+that enters it, and once two teams together outnumber the cores its threads no longer spin while they wait: each parallel
+region then pays a wake-up of 50 microseconds. So there is one team:
+
+- a short call runs where XLA calls from, on one core, without a team;
+- a long one is handed to one long-lived thread, which has torch's number of threads. A call that finds it busy (several
+  devices, a call from within a call) runs where it is and gives its team back.
+
+Which calls are short follows from their operations alone, so that equal programs give equal results.
+
+Source: [OpenMP](https://www.openmp.org/spec-html/5.0/openmpse31.html) (omp_pause_resource_all),
+[torch's threading](https://docs.pytorch.org/docs/stable/notes/cpu_threading_torchscript_inference.html).
+"""
+
+import ctypes
+import functools
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LONG = 2e6
+"""Floating-point operations from which on a call is handed over; those of a hand-over's time on one core."""
+
+_SOFT = 1  # omp_pause_soft: end the threads, keep the settings
+
+
+def run(work: Callable[[], Any], operations: float) -> Any:
+    """What `work` returns, run where it is fastest; it must not raise."""
+    if operations < LONG or _torch_thread().n_threads == 1:
+        return _on_one_core(work)
+    return _torch_thread().run(work)
+
+
+def settle() -> None:
+    """Called in the user's thread when a program is compiled: take over its number of threads, end its team."""
+    _torch_thread().n_threads = torch.get_num_threads()
+    _openmp().pause()
+
+
+class _TorchThread:
+    """Runs one piece of work at a time on a thread of its own."""
+
+    def __init__(self) -> None:
+        self.n_threads = torch.get_num_threads()
+        self._busy, self._given, self._done = threading.Lock(), threading.Lock(), threading.Lock()
+        self._given.acquire()
+        self._done.acquire()
+        self._work: Callable[[], Any] | None = None
+        self._result: Any = None
+        threading.Thread(target=self._serve, name="torchleaf", daemon=True).start()
+
+    def run(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns."""
+        if not self._busy.acquire(blocking=False):
+            try:
+                return work()
+            finally:
+                _openmp().pause()
+        try:
+            self._work = work
+            del work
+            self._given.release()
+            self._wait()
+            result, self._result = self._result, None
+            return result
+        finally:
+            self._busy.release()
+
+    def _wait(self) -> None:
+        """Wait for the work to end: it uses buffers of the caller's, so Ctrl-C is raised after it."""
+        try:
+            self._done.acquire()
+        except BaseException:
+            self._wait()
+            raise
+
+    def _serve(self) -> None:
+        n_threads = None
+        while True:
+            self._given.acquire()
+            if n_threads != self.n_threads:
+                n_threads = self.n_threads
+                torch.set_num_threads(n_threads)
+            work, self._work = self._work, None
+            assert work is not None
+            self._result = work()
+            del work  # it holds tensors that view XLA's buffers
+            self._done.release()
+
+
+@functools.cache
+def _torch_thread() -> _TorchThread:
+    return _TorchThread()
+
+
+os.register_at_fork(after_in_child=_torch_thread.cache_clear)  # threads do not survive a fork
+
+
+def _on_one_core(work: Callable[[], Any]) -> Any:
+    openmp = _openmp()
+    n_openmp, n_mkl = openmp.get_max_threads(), openmp.set_mkl_threads(1)
+    openmp.set_threads(1)
+    try:
+        return work()
+    finally:
+        openmp.set_threads(n_openmp)
+        openmp.set_mkl_threads(n_mkl)
+
+
+class _OpenMP:
+    """The OpenMP runtime and the MKL that torch is linked with, where it is; their settings are each thread's own."""
+
+    def __init__(self) -> None:
+        library = _torch_library()
+        self.get_max_threads = _symbol(library, "omp_get_max_threads", lambda: 1)
+        self.set_threads = _symbol(library, "omp_set_num_threads", lambda n: None)
+        self.set_mkl_threads = _symbol(library, "MKL_Set_Num_Threads_Local", lambda n: 0)
+        self.pause = functools.partial(_symbol(library, "omp_pause_resource_all", lambda kind: 0), _SOFT)
+
+
+@functools.cache
+def _openmp() -> _OpenMP:
+    return _OpenMP()
+
+
+def _torch_library() -> ctypes.PyDLL | None:
+    """torch's CPU library, already loaded: symbols are looked up in it and in what it is linked with."""
+    suffix = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
+    path = Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"
+    return ctypes.PyDLL(str(path)) if path.exists() else None
+
+
+def _symbol(library: ctypes.PyDLL | None, name: str, absent: Callable[..., Any]) -> Callable[..., Any]:
+    return getattr(library, name, absent)
