@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 import torch
-from torch.autograd.graph import GradientEdge, saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge, saved_tensors_hooks
 
 from .call import Aval, Tensors, TorchCall
 
@@ -108,7 +108,16 @@ class Graph:
         inputs = [self._inputs[self._active.index(i)] for i in active]
         self._operands = operands
         try:
-            grads = torch.autograd.grad([edge for edge, _ in pairs], inputs, [ct for _, ct in pairs], allow_unused=True)
+            # What torch.autograd.grad calls after checks of shapes and dtypes, which are right here by construction.
+            grads = _engine_run_backward(
+                tuple(edge for edge, _ in pairs),
+                tuple(ct for _, ct in pairs),
+                False,  # retain_graph
+                False,  # create_graph
+                tuple(inputs),
+                True,  # allow_unreachable
+                accumulate_grad=False,
+            )
         finally:
             self._operands = ()
         return tuple(torch.zeros_like(operands[i]) if g is None else g for i, g in zip(active, grads, strict=True))
@@ -147,7 +156,10 @@ _anchor = torch.zeros((), requires_grad=True)
 
 
 def _edge(tensor: torch.Tensor) -> GradientEdge:
-    return torch.autograd.graph.get_gradient_edge(tensor)
+    node = tensor.grad_fn
+    if node is None or isinstance(node, torch._C._FunctionBase):  # one written in Python needs more to stay alive
+        return get_gradient_edge(tensor)
+    return GradientEdge(node, tensor.output_nr)
 
 
 def _storage(tensor: torch.Tensor) -> int:

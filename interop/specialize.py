@@ -44,6 +44,7 @@ class Specialized:
             for i, (old, new) in enumerate(zip(given, wanted, strict=True))
             if old != new or i in found.mutated
         ]
+        self._is_tensor = jax.tree_util.treedef_is_leaf(found.treedef) and bool(found.out_avals)
         self._out_dtypes = [dtypes.to_torch_dtype(aval.dtype) for aval in found.out_avals]
         self.call = Base(
             self._run,
@@ -71,7 +72,10 @@ class Specialized:
                 converted[i] = _convert(tensors[i], dtype, copy=written)
             tensors = tuple(converted)
         output = self._function(*tensors)
-        leaves, treedef = flatten_registering(output)
+        if self._is_tensor and type(output) is torch.Tensor:
+            leaves, treedef = [output], self._found.treedef
+        else:
+            leaves, treedef = flatten_registering(output)
         if treedef != self._found.treedef:
             raise TorchCallError(
                 f"{self._name} returned {treedef} at run time, but {self._found.treedef} when it was traced (or "

@@ -6,9 +6,9 @@ region then pays a wake-up of 50 microseconds. So there is one team:
 
 - a short call runs where XLA calls from, on one core, without a team;
 - a long one is handed to one long-lived thread, which has torch's number of threads. A call that finds it busy (several
-  devices, a call from within a call) runs where it is and gives its team back.
+  devices at work, a call from within a call) runs where it is, on one core: waiting could be for itself.
 
-Which calls are short follows from their operations alone, so that equal programs give equal results.
+Which calls are short follows from their operations alone, so that a program gives the same bits each time it runs.
 
 Source: [OpenMP](https://www.openmp.org/spec-html/5.0/openmpse31.html) (omp_pause_resource_all),
 [torch's threading](https://docs.pytorch.org/docs/stable/notes/cpu_threading_torchscript_inference.html).
@@ -59,10 +59,7 @@ class _TorchThread:
     def run(self, work: Callable[[], Any]) -> Any:
         """What `work` returns."""
         if not self._busy.acquire(blocking=False):
-            try:
-                return work()
-            finally:
-                _openmp().pause()
+            return _on_one_core(work)
         try:
             self._work = work
             del work

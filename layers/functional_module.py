@@ -130,7 +130,7 @@ class _ModuleFunction(TorchFunction):
             weights = tensors[:n_weights]
             args, kwargs = fill(tensors[n_weights:])
             skeleton = pool.borrow()
-            before = attribute_values(skeleton.module, self._assigned)
+            before = attribute_values(skeleton.module, self._assigned) if self._assigned else []
             skeleton.load(weights)
             try:
                 call = skeleton.module if method == "forward" else getattr(skeleton.module, method)
