@@ -15,7 +15,7 @@ def operations(op: Any, args: Any, kwargs: Any, output: Any) -> float:
     """Floating-point operations of matrix products, convolutions and attention; otherwise the largest tensor's size."""
     formula = flop_registry.get(op.overloadpacket)
     if formula is not None:
-        return formula(*args, **kwargs, out_val=output)
+        return float(formula(*args, **kwargs, out_val=output))
     tensors = [x for x in torch_pytree.tree_leaves((args, kwargs, output)) if isinstance(x, torch.Tensor)]
     if op is torch.ops.aten.mkldnn_rnn_layer.default:
         rows, weights = args[0].shape[:-1], args[1:3]

@@ -13,7 +13,7 @@ from jax.interpreters import ad, batching, mlir, partial_eval
 from . import sharding, transport
 from .batching import vmap
 from .call import TorchCall, take
-from .derivative import Jvp, Vjp, linearize
+from .derivative import Jvp, Vjp, linearize, over_batch
 from .residuals import HANDLE, Save, drop_with
 
 torch_call_p = Primitive("torch_call")
@@ -134,17 +134,20 @@ def _instantiate(primal: Any, tangent: Any) -> Any:
 
 
 def _batch(operands: Sequence[Any], dims: Sequence[Any], *, call: TorchCall) -> tuple[list[Any], list[Any]]:
-    plain = call.graphless()
-    if plain is not None:  # a graph belongs to one example; batched derivatives compute anew
-        inner, kept = plain
-        outs, out_dims = _batch(take(operands, kept), take(dims, kept), call=inner)
-        if isinstance(call, Save):
-            return [*outs, jnp.zeros(HANDLE.shape, HANDLE.dtype)], [*out_dims, None]
-        return outs, out_dims
     in_dims = tuple(None if d is None else int(d) for d in dims)
     if all(d is None for d in in_dims):
         return bind(call, *operands), [None] * len(call.out_avals)
     size = next(x.shape[d] for x, d in zip(operands, in_dims, strict=True) if d is not None)
+    live = over_batch(call, in_dims, size)
+    if live is not None:
+        outs = bind(live, *operands)
+        return outs, [None if aval is HANDLE else 0 for aval in call.out_avals]
+    plain = call.graphless()
+    if plain is not None:
+        inner, kept = plain
+        outs, out_dims = _batch(take(operands, kept), take(in_dims, kept), call=inner)
+        handles = [jnp.zeros(aval.shape, aval.dtype) for aval in call.out_avals[len(outs) :]]
+        return [*outs, *handles], [*out_dims, *(None for _ in handles)]
     outs = bind(vmap(call, in_dims, size), *operands)
     return outs, [0] * len(outs)
 

@@ -9,7 +9,10 @@ leaves, and a saved tensor that lives in an operand's storage is kept as (operan
 found again in the operands of the backward call, which have the same values.
 
 Where the handle is unused, JAX's dead-code elimination replaces `Save` by the plain forward; eagerly, a
-finalizer of the handle drops the graph. The store is bounded as a last net.
+finalizer of the handle drops the graph; one that is not asked for all the same is dropped when it has waited long.
+
+Under vmap one graph holds the whole batch: `Save` enters operands that all examples share once for each example (a
+view, `Tensor.expand`), so that its gradients are those of the examples.
 
 Source: [saved tensor hooks](https://docs.pytorch.org/docs/stable/autograd.html#saved-tensors-default-hooks),
 [gradient edges](https://docs.pytorch.org/docs/stable/generated/torch.autograd.graph.GradientEdge.html).
@@ -25,14 +28,19 @@ import numpy as np
 import torch
 from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge, saved_tensors_hooks
 
+from .batching import vmap
 from .call import Aval, Tensors, TorchCall
+from .dtypes import to_torch_dtype
 
 HANDLE = Aval((2,), np.dtype(np.int32))
 """A graph's number in base 2**31; 0 stands for no graph (JAX fills residuals of untaken branches with zeros)."""
 
-_CAPACITY = 1 << 16
-_graphs: "dict[int, Graph]" = {}
+_UNASKED, _ROUNDS = 64, 16
+_LOW = 0x7FFFFFFF
+_graphs: "dict[int, tuple[Graph, _Shelf]]" = {}
 _numbers = itertools.count(1)
+Batch = tuple[tuple[int | None, ...], int]
+"""The batch axes of a call's operands and the size of the batch."""
 
 
 def live_graphs() -> int:
@@ -41,41 +49,113 @@ def live_graphs() -> int:
 
 
 class Save(TorchCall):
-    """`inner`, with one more output: the handle of its autograd graph with respect to `active`."""
+    """`inner`, with one more output: the handle of its autograd graph with respect to `active`.
 
-    def __init__(self, inner: TorchCall, active: tuple[int, ...]):
+    With a `batch`, the same over a batch axis, its graph giving the gradients of each example.
+    """
+
+    def __init__(self, inner: TorchCall, active: tuple[int, ...], batch: Batch | None = None):
         super().__init__()
-        self.inner, self.active, self.base = inner, active, inner.base
-        self.plain_kernels, self.operations = inner.plain_kernels, inner.operations
-        self.name = f"save({inner.name})"
-        self.in_avals, self.out_avals = inner.in_avals, (*inner.out_avals, HANDLE)
+        self.inner, self.active, self.batch, self.base = inner, active, batch, inner.base
+        self._plain = inner if batch is None else vmap(inner, *batch)
+        self._shared = () if batch is None else tuple(i for i in active if batch[0][i] is None)
+        self._graphed = self._plain
+        if batch is not None:
+            dims, size = batch
+            self._graphed = vmap(inner, tuple(0 if i in self._shared else d for i, d in enumerate(dims)), size)
+        self.plain_kernels, self.operations = self._graphed.plain_kernels, self._graphed.operations
+        self.name = f"save({self._plain.name})"
+        self.in_avals, self.out_avals = self._plain.in_avals, (*self._plain.out_avals, HANDLE)
+        self._shelf = _Shelf()
 
     def prepare(self) -> None:
-        self.inner.prepare()
+        self._graphed.prepare()
 
     @property
     def composable(self) -> bool:
         return False  # it is only ever executed
 
     def execute(self, *tensors: torch.Tensor) -> Tensors:
-        graph = Graph(self.inner, self.active)
+        if self.batch is not None:
+            size, given = self.batch[1], list(tensors)
+            for i in self._shared:
+                given[i] = tensors[i].expand(size, *tensors[i].shape)
+            tensors = tuple(given)
+        graph = Graph(self._graphed, self.active, self.batch)
         outs = graph.forward(tensors)
-        return (*outs, _store(graph))
+        return (*outs, self._shelf.put(graph))
 
     def select(self, used: tuple[int, ...]) -> tuple[TorchCall, tuple[int, ...]] | None:
-        if len(self.out_avals) - 1 in used:
-            return None
-        return self.inner, tuple(range(len(self.in_avals)))
+        return None if len(self.out_avals) - 1 in used else self.graphless()
 
-    def graphless(self) -> tuple[TorchCall, tuple[int, ...]] | None:
-        return self.inner, tuple(range(len(self.in_avals)))
+    def graphless(self) -> tuple[TorchCall, tuple[int, ...]]:
+        return self._plain, tuple(range(len(self.in_avals)))
+
+
+class _Shelf:
+    """The graphs of one `Save` that wait for their backward call.
+
+    Some wait in vain: `cond` under vmap runs both branches, and a handle that no example chose is lost. Dropping a graph
+    is always correct, so two are: the oldest of many where none was ever asked for, and one left from many rounds ago, a
+    round being forward calls followed by backward ones.
+    """
+
+    def __init__(self) -> None:
+        self._round_of: dict[int, int] = {}
+        self._round, self._taking, self._asked = 0, False, False
+
+    def put(self, graph: "Graph") -> torch.Tensor:
+        """Keep a graph; returns its handle."""
+        if self._taking:
+            self._taking, self._round = False, self._round + 1
+            for number, put_in in self._round_of.copy().items():
+                if put_in < self._round - _ROUNDS:
+                    _drop(number)
+        number = next(_numbers)
+        self._round_of[number] = self._round
+        _graphs[number] = graph, self
+        if not self._asked and len(self._round_of) > _UNASKED:
+            _drop(next(iter(self._round_of.copy())))
+        return torch.tensor([number >> 31, number & _LOW], dtype=torch.int32)
+
+    def remove(self, number: int, *, asked: bool) -> None:
+        """Forget a graph that was taken out."""
+        self._round_of.pop(number, None)
+        if asked:
+            self._taking = self._asked = True
+
+
+def take_graph(handle: torch.Tensor | None) -> "Graph | None":
+    """Remove and return the graph of a handle, if it is still there."""
+    if handle is None:
+        return None
+    high, low = handle.tolist()
+    return _drop((high << 31) | low, asked=True)
+
+
+def discard(handle: torch.Tensor | None) -> None:
+    """Drop the graph of a handle."""
+    take_graph(handle)
+
+
+def drop_with(handle: jax.Array) -> None:
+    """Drop the graph when this handle array dies: for eager calls, whose backward may never come."""
+    high, low = np.asarray(handle).tolist()
+    weakref.finalize(handle, _drop, (high << 31) | low).atexit = False
+
+
+def _drop(number: int, *, asked: bool = False) -> "Graph | None":
+    graph, shelf = _graphs.pop(number, (None, None))
+    if shelf is not None:
+        shelf.remove(number, asked=asked)
+    return graph
 
 
 class Graph:
-    """The autograd graph of one forward call of `call`."""
+    """The autograd graph of one forward call of `call`, made for the `batch` of a `Save`."""
 
-    def __init__(self, call: TorchCall, active: tuple[int, ...]):
-        self._call, self._active = call, active
+    def __init__(self, call: TorchCall, active: tuple[int, ...], batch: Batch | None):
+        self._call, self._active, self._batch = call, active, batch
         self._operands: Sequence[torch.Tensor] = ()
         self._operand_of: dict[int, int] = {}
         self._inputs: list[GradientEdge] = []
@@ -96,15 +176,15 @@ class Graph:
         self._operand_of = {}
         return tuple(y.detach() for y in outs)
 
-    def reaches(self, active: Sequence[int]) -> bool:
-        """Whether the graph leads to these operands."""
-        return set(active) <= set(self._active)
+    def gives(self, active: Sequence[int], batch: Batch | None) -> bool:
+        """Whether the graph gives the gradients of these operands, for each example of the batch."""
+        return batch == self._batch and set(active) <= set(self._active)
 
     def pullback(self, operands: Tensors, active: Sequence[int], outs: Sequence[int], cotangents: Tensors) -> Tensors:
         """The gradients of the operands `active`, given those of the outputs `outs`; the graph is used up."""
         pairs = [(edge, ct) for o, ct in zip(outs, cotangents, strict=True) if (edge := self._outputs[o]) is not None]
         if not pairs:
-            return tuple(torch.zeros_like(operands[i]) for i in active)
+            return tuple(self._zeros(i) for i in active)
         inputs = [self._inputs[self._active.index(i)] for i in active]
         self._operands = operands
         try:
@@ -120,7 +200,11 @@ class Graph:
             )
         finally:
             self._operands = ()
-        return tuple(torch.zeros_like(operands[i]) if g is None else g for i, g in zip(active, grads, strict=True))
+        return tuple(self._zeros(i) if g is None else g for i, g in zip(active, grads, strict=True))
+
+    def _zeros(self, operand: int) -> torch.Tensor:
+        aval = self._call.in_avals[operand]
+        return torch.zeros(aval.shape, dtype=to_torch_dtype(aval.dtype))
 
     def _pack(self, tensor: torch.Tensor) -> Any:
         """What to keep of a tensor that torch saves for the backward pass."""
@@ -164,30 +248,3 @@ def _edge(tensor: torch.Tensor) -> GradientEdge:
 
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _store(graph: Graph) -> torch.Tensor:
-    number = next(_numbers)
-    _graphs[number] = graph
-    while len(_graphs) > _CAPACITY:
-        _graphs.pop(next(iter(_graphs)), None)
-    return torch.tensor([number >> 31, number & 0x7FFFFFFF], dtype=torch.int32)
-
-
-def take_graph(handle: torch.Tensor | None) -> Graph | None:
-    """Remove and return the graph of a handle, if it is still there."""
-    if handle is None:
-        return None
-    high, low = handle.tolist()
-    return _graphs.pop((high << 31) | low, None)
-
-
-def discard(handle: torch.Tensor | None) -> None:
-    """Drop the graph of a handle."""
-    take_graph(handle)
-
-
-def drop_with(handle: jax.Array) -> None:
-    """Drop the graph when this handle array dies: for eager calls, whose backward may never come."""
-    high, low = np.asarray(handle).tolist()
-    weakref.finalize(handle, _graphs.pop, (high << 31) | low, None).atexit = False
