@@ -32,13 +32,17 @@ class Vmap(TorchCall):
         self.size, self.method = size, method
         self.base, self.linear_operands = inner.base, inner.linear_operands
         self.differentiated, self.operations = inner.differentiated, size * inner.operations
-        self.plain_kernels = True  # fused attention has no batching rule
         self.in_avals = tuple(_batched_aval(a, d, size) for a, d in zip(inner.in_avals, in_dims, strict=True))
         self.out_avals = tuple(_batched_aval(a, d, size) for a, d in zip(inner.out_avals, out_dims, strict=True))
 
     @property
     def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return f"vmap({self.inner.name})"
+
+    @property
+    def plain_kernels(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether torch.func.vmap is used: fused attention has no batching rule."""
+        return self.inner.plain_kernels or self._strategy is _functional
 
     def linearize(self, active: tuple[int, ...]) -> Linearized | None:
         linearized = self.inner.linearize(active)

@@ -21,7 +21,7 @@ import torch
 
 from .dtypes import is_inexact
 from .errors import signature_text
-from .kernels import NONE, differentiable_path, plain_kernels
+from .kernels import ALL, NONE, differentiable_path, plain_kernels
 
 Aval = jax.ShapeDtypeStruct
 Tensors = tuple[torch.Tensor, ...]
@@ -170,7 +170,8 @@ def execute(call: TorchCall, *tensors: torch.Tensor) -> Tensors:
     with torch.no_grad():
         if not kernels:
             return call.execute(*tensors)
-        with differentiable_path(kernels), plain_kernels(kernels if call.plain_kernels else NONE):
+        path = differentiable_path(kernels if call is call.base else ALL)
+        with path, plain_kernels(kernels if call.plain_kernels else NONE):
             return call.execute(*tensors)
 
 

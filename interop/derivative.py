@@ -41,12 +41,15 @@ class _Derivative(TorchCall):
         self.inner, self.active, self.outs, self.live = inner, active, outs, live
         self.base, self.differentiated = inner.base, True
         self.operations = 3 * inner.operations
-        self.plain_kernels = inner.plain_kernels or inner.differentiated or isinstance(self, Jvp)
         self.n_inner = len(inner.in_avals)
         self.n_primals = self.n_inner + live
         linear_avals, self.out_avals = self._direction(take(inner.in_avals, active), take(inner.out_avals, outs))
         self.in_avals = (*inner.in_avals, *([residuals.HANDLE] * live), *linear_avals)
         self.linear_operands = frozenset(range(self.n_primals, len(self.in_avals)))
+
+    @property
+    def plain_kernels(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.inner.plain_kernels or self.inner.differentiated or isinstance(self, Jvp)
 
     @staticmethod
     def _direction(active: tuple[Aval, ...], outs: tuple[Aval, ...]) -> tuple[tuple[Aval, ...], tuple[Aval, ...]]:
@@ -67,13 +70,15 @@ class _Derivative(TorchCall):
         restricted = self._restrict(tuple(i - self.n_primals for i in active), every)
         return restricted, tuple(range(self.n_primals)), every
 
-    def select(self, used: tuple[int, ...]) -> tuple[TorchCall, tuple[int, ...]] | None:
+    def select(self, used: tuple[int, ...]) -> tuple[TorchCall, tuple[int, ...]]:
         every = tuple(range(len(self.in_avals)))
         return self._restrict(tuple(range(len(every) - self.n_primals)), used), every
 
     def graphless(self) -> tuple[TorchCall, tuple[int, ...]] | None:
-        if not self.live:
-            return None
+        return self.recomputing() if self.live else None
+
+    def recomputing(self) -> tuple[TorchCall, tuple[int, ...]]:
+        """For a live one: the call that does without the graph, and the operands it needs."""
         operands = tuple(i for i in range(len(self.in_avals)) if i != self.n_inner)
         return self.inner.derive(type(self), self.active, self.outs, False), operands
 
@@ -221,14 +226,17 @@ class PerExampleVjp(TorchCall):
     def __init__(self, vjp: Vjp, in_dims: tuple[int | None, ...], size: int):
         super().__init__()
         self._vjp, self._in_dims, self._size = vjp, in_dims, size
-        inner, self._kept = vjp.graphless()
+        inner, self._kept = vjp.recomputing()
         self._plain = vmap(inner, take(in_dims, self._kept), size)
         self.base, self.differentiated, self.operations = vjp.base, True, self._plain.operations
-        self.plain_kernels = True
         self.name = f"vmap({vjp.name})"
         self.out_avals = self._plain.out_avals
         avals = dict(zip(self._kept, self._plain.in_avals, strict=True))
         self.in_avals = tuple(avals.get(i, residuals.HANDLE) for i in range(len(vjp.in_avals)))
+
+    @property
+    def plain_kernels(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._plain.plain_kernels
 
     def prepare(self) -> None:
         self._plain.prepare()

@@ -4,6 +4,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from .arguments import Arguments, Filler
 from .arrays import array_to_torch
 from .call import Aval, Residuals, VmapMethod
 from .errors import TorchCallError
+from .kernels import compiled_code
 from .primitive import bind
 from .signature import Signature
 from .specialize import Specialized
@@ -182,6 +184,7 @@ class TorchFunction:
             example=lambda: self._example(arguments, wanted),
         )
         self.check(found)
+        found = replace(found, fused_kernels=found.fused_kernels | compiled_code(self._fn))
         return Specialized(
             self.runner(fill), arguments.names(), arguments.avals, wanted, found, name=self.name, **self._options
         )

@@ -1,21 +1,29 @@
 """Which kernels torch runs: those it can differentiate, in the place of those it cannot.
 
 Fused attention has neither a forward-mode formula nor a second derivative (pytorch issues 98164, 117629,
-154226), oneDNN's recurrent layers have no batching rule for their backward. torch's plain kernels have all.
-The fast path of `nn.TransformerEncoder` and `nn.MultiheadAttention` runs only where no gradient is asked for and
-gives other values at padded positions, so it stays off: a function and its gradient must be of one function.
+154226), oneDNN's recurrent layers have no batching rule for their backward, compiled code has first-order reverse
+mode only. torch's plain kernels have all.
+The fast path of `nn.TransformerEncoder` and `nn.MultiheadAttention` runs only where no gradient is asked for. With a
+mask it gives other values at padded positions than the path gradients take, so there it stays off: a function and its
+gradient must be of one function.
 """
 
 import contextlib
+import sys
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
 NONE: frozenset[str] = frozenset()
-ALL = frozenset({"attention", "recurrent"})
+MASKED = "masked attention"
+COMPILED = "compiled"
+ALL = frozenset({"attention", "recurrent", MASKED, COMPILED})
 
 _MARKS = {
     "attention": ("attention", "transformer_encoder", "attn"),
@@ -23,9 +31,40 @@ _MARKS = {
 }
 
 
-def fused_kernels(op_name: str) -> frozenset[str]:
+def fused_kernels(op_name: str, arguments: Mapping[str, Any]) -> frozenset[str]:
     """Which of the replaceable kernels an aten op stands for."""
-    return frozenset(kernel for kernel, marks in _MARKS.items() if any(mark in op_name for mark in marks))
+    found = frozenset(kernel for kernel, marks in _MARKS.items() if any(mark in op_name for mark in marks))
+    if "attention" in found and (arguments.get("attn_mask") is not None or arguments.get("is_causal")):
+        return found | {MASKED}
+    return found
+
+
+def compiled_code(function: Callable[..., Any]) -> frozenset[str]:
+    """`COMPILED` if the function, or a part of the module it is a method of, came from `torch.compile`."""
+    if not _compiler_is_loaded():
+        return NONE
+    owner = getattr(function, "__self__", None)
+    parts = owner.modules() if isinstance(owner, torch.nn.Module) else ()
+    return frozenset({COMPILED} if any(hasattr(f, "_torchdynamo_orig_callable") for f in (function, *parts)) else ())
+
+
+@contextlib.contextmanager
+def compiling(kernels: frozenset[str], hook: Hook) -> Iterator[Hook]:
+    """Around a callable that uses `kernels` and calls `hook`, which is not to be compiled with it."""
+    if COMPILED not in kernels:
+        yield hook
+        return
+    with warnings.catch_warnings():  # the compiler asks every tensor for `.grad`
+        warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf", UserWarning)
+        yield torch.compiler.disable(hook)
+
+
+def _compiler_is_loaded() -> bool:
+    return "torch._dynamo" in sys.modules  # to load it takes a second
+
+
+def _without_compiler() -> contextlib.AbstractContextManager[Any]:
+    return torch.compiler.set_stance("force_eager") if _compiler_is_loaded() else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -71,6 +110,7 @@ class _Shared:
 
 
 _SWITCHES = {"attention": _Shared(lambda: sdpa_kernel(SDPBackend.MATH)), "recurrent": _Shared(_without_onednn)}
+_SWITCHES[COMPILED] = _Shared(_without_compiler)
 _FAST_PATH = _Shared(_without_fast_path)
 
 
@@ -78,11 +118,11 @@ _FAST_PATH = _Shared(_without_fast_path)
 def plain_kernels(kernels: frozenset[str] = ALL) -> Iterator[None]:
     """Run torch's plain kernels instead of the fused ones named."""
     with contextlib.ExitStack() as stack:
-        for kernel in sorted(kernels):
+        for kernel in sorted(kernels & _SWITCHES.keys()):
             stack.enter_context(_SWITCHES[kernel].held())
         yield
 
 
 def differentiable_path(kernels: frozenset[str] = ALL) -> contextlib.AbstractContextManager[None]:
     """Run the code torch runs when gradients are wanted, for a callable that uses `kernels`."""
-    return _FAST_PATH.held() if "attention" in kernels else contextlib.nullcontext()
+    return _FAST_PATH.held() if MASKED in kernels else contextlib.nullcontext()

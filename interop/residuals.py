@@ -31,6 +31,7 @@ from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradien
 from .batching import vmap
 from .call import Aval, Tensors, TorchCall
 from .dtypes import to_torch_dtype
+from .kernels import compiling
 
 HANDLE = Aval((2,), np.dtype(np.int32))
 """A graph's number in base 2**31; 0 stands for no graph (JAX fills residuals of untaken branches with zeros)."""
@@ -63,10 +64,14 @@ class Save(TorchCall):
         if batch is not None:
             dims, size = batch
             self._graphed = vmap(inner, tuple(0 if i in self._shared else d for i, d in enumerate(dims)), size)
-        self.plain_kernels, self.operations = self._graphed.plain_kernels, self._graphed.operations
+        self.operations = self._graphed.operations
         self.name = f"save({self._plain.name})"
         self.in_avals, self.out_avals = self._plain.in_avals, (*self._plain.out_avals, HANDLE)
         self._shelf = _Shelf()
+
+    @property
+    def plain_kernels(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._graphed.plain_kernels
 
     def prepare(self) -> None:
         self._graphed.prepare()
@@ -95,9 +100,9 @@ class Save(TorchCall):
 class _Shelf:
     """The graphs of one `Save` that wait for their backward call.
 
-    Some wait in vain: `cond` under vmap runs both branches, and a handle that no example chose is lost. Dropping a graph
-    is always correct, so two are: the oldest of many where none was ever asked for, and one left from many rounds ago, a
-    round being forward calls followed by backward ones.
+    Some wait in vain: `cond` under vmap runs both branches, and a handle that no example chose is lost. Dropping a
+    graph is always correct, so two kinds are: the oldest of many where none was ever asked for, and those left from
+    many rounds ago, a round being forward calls followed by backward ones.
     """
 
     def __init__(self) -> None:
@@ -164,7 +169,8 @@ class Graph:
     def forward(self, operands: Tensors) -> Tensors:
         """Run the call and keep its graph; nothing of `operands` is kept."""
         self._operand_of = {x.untyped_storage()._cdata: i for i, x in enumerate(operands)}
-        with torch.enable_grad(), saved_tensors_hooks(self._pack, self._unpack):
+        compiled = compiling(self._call.base.fused_kernels, self._pack)
+        with compiled as pack, torch.enable_grad(), saved_tensors_hooks(pack, self._unpack):
             # Each operand gets a node of its own (a view's), for torch computes all gradients that flow into a node.
             entered = [x.view_as(x) for x in _Enter.apply(_anchor, *(operands[i] for i in self._active))]
             given = list(operands)

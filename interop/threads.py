@@ -1,8 +1,8 @@
 """Where a torch call runs on the CPU, and on how many cores.
 
-XLA runs programs on the threads of a pool. OpenMP, with which torch parallelises, keeps a team of threads for each thread
-that enters it, and once two teams together outnumber the cores its threads no longer spin while they wait: each parallel
-region then pays a wake-up of 50 microseconds. So there is one team:
+XLA runs programs on the threads of a pool. OpenMP, with which torch parallelises, keeps a team of threads for each
+thread that enters it, and once two teams together outnumber the cores its threads no longer spin while they wait: each
+parallel region then pays a wake-up of 50 microseconds. So there is one team:
 
 - a short call runs where XLA calls from, on one core, without a team;
 - a long one is handed to one long-lived thread, which has torch's number of threads. A call that finds it busy (several

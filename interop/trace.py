@@ -100,7 +100,7 @@ def _trace_values(
             "(arguments to run it on once), or call it once outside jit, grad and vmap."
         ) from cause
     try:
-        with torch.no_grad(), kernels.differentiable_path():
+        with torch.no_grad(), kernels.differentiable_path(), kernels.plain_kernels(frozenset({kernels.COMPILED})):
             found = _observe(function, operands, name, operand_names)
     except TorchCallError:
         raise
@@ -148,9 +148,7 @@ def _observe(
             "hook or an attribute still holds the tensor, whose memory belongs to XLA and is reused at once. Return "
             "the tensor as an output, or store `tensor.clone()`."
         )
-    return Trace(
-        treedef, leaves, frozenset(observer.mutated), frozenset(observer.fused_kernels), observer.operations
-    )
+    return Trace(treedef, leaves, frozenset(observer.mutated), frozenset(observer.fused_kernels), observer.operations)
 
 
 def _describe(output: Any, name: str) -> tuple[Any, tuple[Any, ...]]:
@@ -217,10 +215,10 @@ class _Observer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.fused_kernels |= kernels.fused_kernels(func.name())
         declared = func._schema.arguments
         arguments = {a.name: a.default_value for a in declared if a.has_default_value()}
         arguments |= dict(zip((a.name for a in declared), args, strict=False)) | kwargs
+        self.fused_kernels |= kernels.fused_kernels(func.name(), arguments)
         if torch.Tag.nondeterministic_seeded in func.tags and _draws(arguments):
             raise RandomnessError(
                 f"{self.name} draws random numbers ({func}), which JAX could neither seed nor reproduce. Random ops "

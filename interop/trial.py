@@ -10,7 +10,7 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import dtypes
-from .kernels import differentiable_path, plain_kernels
+from .kernels import COMPILED, differentiable_path, plain_kernels
 
 _fake_logger = logging.getLogger("torch._subclasses.fake_tensor")
 
@@ -20,8 +20,9 @@ def fake_mode() -> Iterator[None]:
     """Tensors made or met inside carry shapes and dtypes but no data; real constants may be used."""
     was_disabled = _fake_logger.disabled
     _fake_logger.disabled = True  # it logs a traceback for each failure, which we report ourselves
+    eager = plain_kernels(frozenset({COMPILED}))  # code met here in a mode would never be compiled again
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), differentiable_path():
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), differentiable_path(), eager:
             yield
     finally:
         _fake_logger.disabled = was_disabled

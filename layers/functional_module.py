@@ -4,6 +4,7 @@ The skeleton is a copy of the module whose parameters and buffers lie on the met
 tensors in their place with `torch.func.functional_call`, in a copy that no other thread is using.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -48,6 +49,7 @@ class FunctionalModule:
 
     def __init__(self, module: torch.nn.Module, **options: Any):
         _check_module(module)
+        _warn_of_compilation_in_place(module)
         check_options(options["vmap_method"], options["residuals"])
         self.name = type(module).__name__
         self.training = module.training
@@ -268,6 +270,15 @@ def _check_module(module: Any) -> None:
                 f"TorchModule: {type(module).__name__}.{name} is {tensor.dtype}, which JAX has only with "
                 "`jax.config.update('jax_enable_x64', True)`. Enable it, or wrap `module.float()`."
             )
+
+
+def _warn_of_compilation_in_place(module: torch.nn.Module) -> None:
+    if any(part._compiled_call_impl is not None for part in module.modules()):
+        warnings.warn(
+            f"TorchModule: {type(module).__name__} or a part of it was compiled in place (`module.compile()`), which "
+            "torch does not carry over to a copy: it will run uncompiled. Wrap `torch.compile(module)` instead.",
+            stacklevel=4,
+        )
 
 
 def _is_integer(dtype: torch.dtype) -> bool:

@@ -76,6 +76,8 @@ def copy_replacing(module: torch.nn.Module, replacements: Mapping[torch.Tensor, 
     """A deep copy of `module` with other tensors in the place of its own; ties stay ties."""
     memo: dict[int, Any] = {id(old): new for old, new in replacements.items()}
     for submodule in module.modules():
+        compiler = vars(submodule).get("dynamo_ctx")  # of torch.compile: shared, it finds what it compiled before
+        memo[id(compiler)] = compiler
         for value in vars(submodule).values():
             if isinstance(value, torch.Tensor) and not value.is_leaf:  # as hook-based weight_norm leaves behind
                 memo[id(value)] = value.detach()
