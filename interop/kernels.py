@@ -13,12 +13,10 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 NONE: frozenset[str] = frozenset()
 MASKED = "masked attention"
@@ -49,7 +47,7 @@ def compiled_code(function: Callable[..., Any]) -> frozenset[str]:
 
 
 @contextlib.contextmanager
-def compiling(kernels: frozenset[str], hook: Hook) -> Iterator[Hook]:
+def compiling(kernels: frozenset[str], hook: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
     """Around a callable that uses `kernels` and calls `hook`, which is not to be compiled with it."""
     if COMPILED not in kernels:
         yield hook

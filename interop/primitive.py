@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
-from jax.extend.core import Primitive
+from jax.extend.core import Primitive, Var
 from jax.interpreters import ad, batching, mlir, partial_eval
 
 from . import sharding, transport
@@ -177,3 +177,26 @@ def _dce(used_outputs: list[bool], eqn: Any) -> tuple[list[bool], Any]:
 
 
 partial_eval.dce_rules[torch_call_p] = _dce
+
+
+# --- rematerialisation ---------------------------------------------------------------------------
+
+
+def _remat(saveable: Any, unknown: Sequence[bool], recomputed: Sequence[bool], eqn: Any) -> tuple[Any, ...]:
+    """`jax.checkpoint`: a forward call that is run again would keep its graph from then on, and XLA, which does not
+    know what a graph weighs, runs it early. So a backward call does without one unless the policy saves its handle."""
+    n = len(eqn.outvars)
+    residuals = [x for x, again in zip(eqn.invars, recomputed, strict=True) if isinstance(x, Var) and not again]
+    if any(unknown):
+        plain = eqn.params["call"].graphless()
+        if plain is not None:
+            call, kept = plain
+            if all(again for i, again in enumerate(recomputed) if i not in kept):
+                eqn = eqn.replace(invars=[eqn.invars[i] for i in kept], params={"call": call})
+        return None, eqn, [True] * n, [True] * n, residuals
+    if saveable(eqn.primitive, *(x.aval for x in eqn.invars), **eqn.params) is True:
+        return eqn, None, [False] * n, [False] * n, []
+    return eqn, eqn, [False] * n, [True] * n, residuals
+
+
+partial_eval.partial_eval_jaxpr_custom_rules[torch_call_p] = _remat

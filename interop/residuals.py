@@ -161,16 +161,15 @@ class Graph:
 
     def __init__(self, call: TorchCall, active: tuple[int, ...], batch: Batch | None):
         self._call, self._active, self._batch = call, active, batch
-        self._operands: Sequence[torch.Tensor] = ()
-        self._operand_of: dict[int, int] = {}
+        self._saved = _Saved()
         self._inputs: list[GradientEdge] = []
         self._outputs: list[GradientEdge | None] = []
 
     def forward(self, operands: Tensors) -> Tensors:
         """Run the call and keep its graph; nothing of `operands` is kept."""
-        self._operand_of = {x.untyped_storage()._cdata: i for i, x in enumerate(operands)}
-        compiled = compiling(self._call.base.fused_kernels, self._pack)
-        with compiled as pack, torch.enable_grad(), saved_tensors_hooks(pack, self._unpack):
+        self._saved.operand_of = {_storage(x): i for i, x in enumerate(operands)}
+        compiled = compiling(self._call.base.fused_kernels, self._saved.pack)
+        with compiled as pack, torch.enable_grad(), saved_tensors_hooks(pack, self._saved.unpack):
             # Each operand gets a node of its own (a view's), for torch computes all gradients that flow into a node.
             entered = [x.view_as(x) for x in _Enter.apply(_anchor, *(operands[i] for i in self._active))]
             given = list(operands)
@@ -179,7 +178,7 @@ class Graph:
             outs = self._call.run(*given)
         self._inputs = [_edge(x) for x in entered]
         self._outputs = [_edge(y) if y.requires_grad else None for y in outs]
-        self._operand_of = {}
+        self._saved.operand_of = {}
         return tuple(y.detach() for y in outs)
 
     def gives(self, active: Sequence[int], batch: Batch | None) -> bool:
@@ -192,7 +191,7 @@ class Graph:
         if not pairs:
             return tuple(self._zeros(i) for i in active)
         inputs = [self._inputs[self._active.index(i)] for i in active]
-        self._operands = operands
+        self._saved.operands = operands
         try:
             # What torch.autograd.grad calls after checks of shapes and dtypes, which are right here by construction.
             grads = _engine_run_backward(
@@ -205,28 +204,37 @@ class Graph:
                 accumulate_grad=False,
             )
         finally:
-            self._operands = ()
+            self._saved.operands = ()
         return tuple(self._zeros(i) if g is None else g for i, g in zip(active, grads, strict=True))
 
     def _zeros(self, operand: int) -> torch.Tensor:
         aval = self._call.in_avals[operand]
         return torch.zeros(aval.shape, dtype=to_torch_dtype(aval.dtype))
 
-    def _pack(self, tensor: torch.Tensor) -> Any:
-        """What to keep of a tensor that torch saves for the backward pass."""
-        operand = self._operand_of.get(_storage(tensor))
+
+class _Saved:
+    """What a graph saves for the backward pass; its nodes hold this, so it holds none of them: the cycle would leak."""
+
+    def __init__(self) -> None:
+        self.operands: Sequence[torch.Tensor] = ()
+        self.operand_of: dict[int, int] = {}
+
+    def pack(self, tensor: torch.Tensor) -> Any:
+        """What to keep of a tensor that torch saves."""
+        operand = self.operand_of.get(_storage(tensor))
         if operand is None:
-            return tensor
+            return tensor.detach()  # an output holds the node that saves it
         if tensor.is_conj() or tensor.is_neg():
-            return tensor.clone()
+            return tensor.detach().clone()
         return operand, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset()
 
-    def _unpack(self, packed: Any) -> torch.Tensor:
+    def unpack(self, packed: Any) -> torch.Tensor:
+        """The tensor that was packed."""
         if isinstance(packed, torch.Tensor):
             return packed
         operand, dtype, size, stride, offset = packed
         with torch.no_grad():
-            return self._operands[operand].view(dtype).as_strided(size, stride, offset)
+            return self.operands[operand].view(dtype).as_strided(size, stride, offset)
 
 
 class _Enter(torch.autograd.Function):
