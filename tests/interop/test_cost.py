@@ -214,6 +214,14 @@ def test_vmap_of_grad_does_make_one_per_example(backward, linear):
     assert PER_EXAMPLE & backward.shapes
 
 
+def test_gradients_of_each_example_thrown_away_are_dead_code(backward, linear):
+    function = torchleaf.torch_function(torch.nn.functional.linear)
+    x, w, b = linear
+    both = jax.jit(jax.vmap(jax.grad(lambda w, x: jnp.square(function(x, w, b)).sum(), (0, 1)), (None, 0)))
+    run(lambda w, x: both(w, x)[1], w, x)
+    assert backward.matmuls == 1
+
+
 def test_grad_of_nested_vmap_makes_none_either(backward, linear):
     function = torchleaf.torch_function(torch.nn.functional.linear)
     _, w, b = linear
