@@ -21,7 +21,7 @@ import torch
 
 from .dtypes import is_inexact
 from .errors import signature_text
-from .kernels import ALL, NONE, differentiable_path, plain_kernels
+from .kernels import chosen
 
 Aval = jax.ShapeDtypeStruct
 Tensors = tuple[torch.Tensor, ...]
@@ -170,8 +170,7 @@ def execute(call: TorchCall, *tensors: torch.Tensor) -> Tensors:
     with torch.no_grad():
         if not kernels:
             return call.execute(*tensors)
-        path = differentiable_path(kernels if call is call.base else ALL)
-        with path, plain_kernels(kernels if call.plain_kernels else NONE):
+        with chosen(kernels, inference=call is call.base, plain=call.plain_kernels):
             return call.execute(*tensors)
 
 

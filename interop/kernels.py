@@ -121,6 +121,23 @@ def plain_kernels(kernels: frozenset[str] = ALL) -> Iterator[None]:
         yield
 
 
-def differentiable_path(kernels: frozenset[str] = ALL) -> contextlib.AbstractContextManager[None]:
-    """Run the code torch runs when gradients are wanted, for a callable that uses `kernels`."""
-    return _FAST_PATH.held() if MASKED in kernels else contextlib.nullcontext()
+def differentiable_path() -> contextlib.AbstractContextManager[None]:
+    """Run the code torch runs when gradients are wanted."""
+    return _FAST_PATH.held()
+
+
+@contextlib.contextmanager
+def _both(kernels: frozenset[str]) -> Iterator[None]:
+    with differentiable_path(), plain_kernels(kernels):
+        yield
+
+
+_NO_CHANGE = contextlib.nullcontext()
+
+
+def chosen(kernels: frozenset[str], *, inference: bool, plain: bool) -> contextlib.AbstractContextManager[None]:
+    """Around a call that uses `kernels`: in inference or for derivatives, by plain kernels or as it is."""
+    differentiable = "attention" in kernels and (MASKED in kernels or not inference)
+    if plain:
+        return _both(kernels) if differentiable else plain_kernels(kernels)
+    return differentiable_path() if differentiable else _NO_CHANGE

@@ -4,9 +4,9 @@ The forward call (`Save`) stores its graph here and hands JAX a handle, two inte
 residual; the backward call takes the graph out by the handle and runs it. A handle that is not here any more
 means recompute, which is always correct: the backward ran before, or is batched, or the graph was evicted.
 
-A graph never holds memory of XLA's. Operands enter through an `autograd.Function` that gives views, not as
-leaves, and a saved tensor that lives in an operand's storage is kept as (operand, size, stride, offset) and
-found again in the operands of the backward call, which have the same values.
+A graph never holds memory of XLA's: the leaves through which operands enter forget it, and a saved tensor that lives in
+an operand's storage is kept as (operand, size, stride, offset) and found again in the operands of the backward call,
+which have the same values.
 
 Where the handle is unused, JAX's dead-code elimination replaces `Save` by the plain forward; eagerly, a
 finalizer of the handle drops the graph; one that is not asked for all the same is dropped when it has waited long.
@@ -18,6 +18,7 @@ Source: [saved tensor hooks](https://docs.pytorch.org/docs/stable/autograd.html#
 [gradient edges](https://docs.pytorch.org/docs/stable/generated/torch.autograd.graph.GradientEdge.html).
 """
 
+import functools
 import itertools
 import weakref
 from collections.abc import Sequence
@@ -170,8 +171,7 @@ class Graph:
         self._saved.operand_of = {_storage(x): i for i, x in enumerate(operands)}
         compiled = compiling(self._call.base.fused_kernels, self._saved.pack)
         with compiled as pack, torch.enable_grad(), saved_tensors_hooks(pack, self._saved.unpack):
-            # Each operand gets a node of its own (a view's), for torch computes all gradients that flow into a node.
-            entered = [x.view_as(x) for x in _Enter.apply(_anchor, *(operands[i] for i in self._active))]
+            entered = [_enter(operands[i]) for i in self._active]
             given = list(operands)
             for i, x in zip(self._active, entered, strict=True):
                 given[i] = x
@@ -233,24 +233,24 @@ class _Saved:
         if isinstance(packed, torch.Tensor):
             return packed
         operand, dtype, size, stride, offset = packed
-        with torch.no_grad():
-            return self.operands[operand].view(dtype).as_strided(size, stride, offset)
+        tensor = self.operands[operand]
+        return (tensor if tensor.dtype == dtype else tensor.view(dtype)).as_strided(size, stride, offset)
 
 
-class _Enter(torch.autograd.Function):
-    """Views of the operands that require gradients without being leaves of the graph, which would hold them."""
+def _enter(operand: torch.Tensor) -> torch.Tensor:
+    """A view of an operand, with a node of its own at which gradients are taken.
 
-    @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, *xs: torch.Tensor) -> Tensors:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.set_materialize_grads(False)
-        return tuple(x.view_as(x) for x in xs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        raise AssertionError("gradients are taken at this function's outputs, never beyond")
+    What it is a view of is a leaf of the graph, which the graph holds; the leaf forgets the operand's memory.
+    """
+    leaf = operand.detach().requires_grad_()
+    view = leaf.view_as(leaf)
+    leaf.data = _nothing(operand.dtype, operand.device)
+    return view
 
 
-_anchor = torch.zeros((), requires_grad=True)
+@functools.cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty(0, dtype=dtype, device=device)
 
 
 def _edge(tensor: torch.Tensor) -> GradientEdge:
