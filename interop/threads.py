@@ -5,8 +5,7 @@ thread that enters it, and once two teams together outnumber the cores its threa
 parallel region then pays a wake-up of 50 microseconds. So there is one team:
 
 - a short call runs where XLA calls from, on one core, without a team;
-- a long one is handed to one long-lived thread, which has torch's number of threads. A call that finds it busy (several
-  devices at work, a call from within a call) runs where it is, on one core: waiting could be for itself.
+- a long one is handed to one long-lived thread, which has torch's number of threads, and waits its turn.
 
 Which calls are short follows from their operations alone, so that a program gives the same bits each time it runs.
 
@@ -28,6 +27,7 @@ import torch
 LONG = 2e6
 """Floating-point operations from which on a call is handed over; those of a hand-over's time on one core."""
 
+_PATIENCE = 10.0  # seconds
 _SOFT = 1  # omp_pause_soft: end the threads, keep the settings
 
 
@@ -54,11 +54,14 @@ class _TorchThread:
         self._done.acquire()
         self._work: Callable[[], Any] | None = None
         self._result: Any = None
-        threading.Thread(target=self._serve, name="torchleaf", daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, name="torchleaf", daemon=True)
+        self._thread.start()
 
     def run(self, work: Callable[[], Any]) -> Any:
         """What `work` returns."""
-        if not self._busy.acquire(blocking=False):
+        if threading.get_ident() == self._thread.ident:
+            return work()
+        if not self._busy.acquire(timeout=_PATIENCE):  # a call from within a call may wait for itself
             return _on_one_core(work)
         try:
             self._work = work
@@ -102,7 +105,8 @@ os.register_at_fork(after_in_child=_torch_thread.cache_clear)  # threads do not 
 
 def _on_one_core(work: Callable[[], Any]) -> Any:
     openmp = _openmp()
-    n_openmp, n_mkl = openmp.get_max_threads(), openmp.set_mkl_threads(1)
+    n_openmp = torch.get_num_threads()  # in a new thread this sets it, which must not happen in `work`
+    n_mkl = openmp.set_mkl_threads(1)
     openmp.set_threads(1)
     try:
         return work()
@@ -116,7 +120,6 @@ class _OpenMP:
 
     def __init__(self) -> None:
         library = _torch_library()
-        self.get_max_threads = _symbol(library, "omp_get_max_threads", lambda: 1)
         self.set_threads = _symbol(library, "omp_set_num_threads", lambda n: None)
         self.set_mkl_threads = _symbol(library, "MKL_Set_Num_Threads_Local", lambda n: 0)
         self.pause = functools.partial(_symbol(library, "omp_pause_resource_all", lambda kind: 0), _SOFT)
