@@ -42,7 +42,10 @@ def run_program(number: int, *buffers: torch.Tensor) -> None:
             "(exported or serialised). Trace and compile it here; a torch callable cannot be serialised."
         )
     work = functools.partial(_program_of[call].attempt, call, buffers)
-    failure = threads.run(work, call.operations) if buffers and buffers[0].is_cpu else work()
+    try:
+        failure = threads.run(work, call.operations) if buffers and buffers[0].is_cpu else work()
+    except BaseException as exc:  # Ctrl-C while waiting for it
+        failure = runtime_message(call.base.name, call.base.signature, exc)
     if failure is not None:
         raise TorchCallError(failure)
 
@@ -60,7 +63,7 @@ class Program:
         """Run the call; an error as text, which holds no frame that views XLA's buffers."""
         try:
             self.run(call, buffers)
-        except Exception as exc:  # every exception of the user's code must cross XLA
+        except BaseException as exc:  # every exception of the user's code must cross XLA, SystemExit too
             return runtime_message(call.base.name, call.base.signature, exc)
         return None
 

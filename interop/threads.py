@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from .once import Once
+
 LONG = 2e6
 """Floating-point operations from which on a call is handed over; those of a hand-over's time on one core."""
 
@@ -95,12 +97,12 @@ class _TorchThread:
             self._done.release()
 
 
-@functools.cache
+@Once
 def _torch_thread() -> _TorchThread:
     return _TorchThread()
 
 
-os.register_at_fork(after_in_child=_torch_thread.cache_clear)  # threads do not survive a fork
+os.register_at_fork(after_in_child=_torch_thread.forget)  # threads do not survive a fork
 
 
 def _on_one_core(work: Callable[[], Any]) -> Any:
@@ -125,7 +127,7 @@ class _OpenMP:
         self.pause = functools.partial(_symbol(library, "omp_pause_resource_all", lambda kind: 0), _SOFT)
 
 
-@functools.cache
+@Once
 def _openmp() -> _OpenMP:
     return _OpenMP()
 

@@ -21,6 +21,7 @@ from jax.interpreters import mlir
 
 from . import dtypes, threads
 from .call import Aval, TorchCall
+from .once import Once
 from .program import is_complex, part_avals, program_of, run_program
 
 _TARGET = "torchleaf_call"
@@ -64,7 +65,7 @@ def _run_on_cuda(number: int, stream: int, *buffers: torch.Tensor) -> None:
         run_program(number, *buffers)
 
 
-@functools.cache
+@Once
 def _registered_platforms() -> frozenset[str]:
     """Register the FFI targets, once; the platforms that have one."""
     try:
