@@ -1,0 +1,256 @@
+"""Several threads, devices and programs in one module at once, calls from within calls, interrupts and forks.
+
+Each case has a process of its own, with torch's default number of threads; one that hangs is ended with a traceback.
+The module is run on few rows, which is short work, and on many, which is long and handed to torch's thread.
+"""
+
+import pytest
+from fresh_process import run_python
+
+_SETUP = """
+import faulthandler
+import os
+import signal
+import threading
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import torchleaf
+from torch import nn
+from torch._subclasses.fake_tensor import is_fake
+
+faulthandler.dump_traceback_later(40, exit=True)
+torch.set_num_threads(max(2, torch.get_num_threads()))  # a machine of one core too
+torch.manual_seed(0)
+module = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+inputs = [torch.randn(ROWS, 64) * (1 + i) for i in range(8)]  # different in each thread or device
+model, xs = torchleaf.TorchModule(module), [torchleaf.to_jax(x) for x in inputs]
+
+
+def loss(model, x):
+    return (model(x) ** 2).mean()
+
+
+def torch_value_and_grad(*inputs):
+    value = torch.stack([(module(x) ** 2).mean() for x in inputs]).mean()
+    return [value.detach(), *torch.autograd.grad(value, list(module.parameters()))]
+
+
+def check(result, *inputs):
+    value, grads = result
+    got = [value, *(grads.params[name] for name, _ in module.named_parameters())]
+    for actual, expected in zip(got, torch_value_and_grad(*inputs), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+"""
+
+_EIGHT_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+
+
+@pytest.fixture(params=[2, 256], ids=["short", "long"])
+def run(request):
+    """Run a script with the module above."""
+
+    def run(script: str, **environment: str) -> None:
+        run_python(_SETUP.replace("ROWS", str(request.param)) + script, **environment)
+
+    return run
+
+
+# --- devices and threads -------------------------------------------------------------------------
+
+
+def test_shard_map_on_eight_devices(run):
+    script = """
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+mesh = jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,))
+weights, static = eqx.partition(model, eqx.is_array)
+weights = jax.device_put(weights, NamedSharding(mesh, P()))
+
+
+def one(weights, x):
+    return loss(eqx.combine(weights, static), x[0])[None]
+
+
+each = jax.shard_map(one, mesh=mesh, in_specs=(P(), P("i")), out_specs=P("i"))
+step = jax.jit(jax.value_and_grad(lambda weights, x: each(weights, x).mean()))
+for _ in range(200):
+    check(step(weights, np.stack(xs)), *inputs)
+"""
+    run(script, **_EIGHT_DEVICES)
+
+
+def test_one_program_on_each_of_eight_devices(run):
+    script = """
+devices = jax.devices()
+weights, static = eqx.partition(model, eqx.is_array)
+models = [eqx.combine(jax.device_put(weights, device), static) for device in devices]
+step = eqx.filter_jit(eqx.filter_value_and_grad(loss))
+for _ in range(25):
+    results = [step(m, jax.device_put(x, d)) for m, x, d in zip(models, xs, devices, strict=True)]
+    for result, x in zip(results, inputs, strict=True):
+        check(result, x)
+"""
+    run(script, **_EIGHT_DEVICES)
+
+
+@pytest.mark.parametrize("jit", ["eqx.filter_jit", ""], ids=["jit", "eager"])
+def test_gradients_in_many_threads(run, jit):
+    script = f"""
+step = {jit}(eqx.filter_value_and_grad(loss))
+with ThreadPoolExecutor(8) as pool:
+    for _ in range(25):
+        for result, x in zip(pool.map(lambda x: step(model, x), xs), inputs, strict=True):
+            check(result, x)
+"""
+    run(script)
+
+
+def test_two_programs_of_one_module_in_two_threads(run):
+    script = """
+def train(i, loss, factor):
+    step = eqx.filter_jit(eqx.filter_value_and_grad(loss))
+    for _ in range(200):
+        value, grads = step(model, xs[i])
+        check((value / factor, jax.tree.map(lambda g: g / factor, grads)), inputs[i])
+
+
+with ThreadPoolExecutor(2) as pool:
+    for done in [pool.submit(train, 0, loss, 1.0), pool.submit(train, 1, lambda m, x: 3 * loss(m, x), 3.0)]:
+        done.result()
+"""
+    run(script)
+
+
+def test_backward_in_another_thread(run):
+    script = """
+with ThreadPoolExecutor(1) as forward, ThreadPoolExecutor(1) as backward:
+    for _ in range(10):
+        runs = [forward.submit(eqx.filter_vjp, loss, model, x) for x in xs]
+        pulled = [(run.result()[0], backward.submit(run.result()[1], jnp.ones(()))) for run in runs]
+        for (value, grads), x in zip(pulled, inputs, strict=True):
+            check((value, grads.result()[0]), x)
+assert torchleaf.interop.residuals.live_graphs() == 0
+"""
+    run(script)
+
+
+# --- calls within calls, errors, interrupts, forks ------------------------------------------------
+
+
+@pytest.mark.parametrize("inner", ["jax.jit(lambda x: model(x * 1.0))", "model"], ids=["jit", "eager"])
+def test_call_within_a_call(run, inner):
+    script = f"""
+inner = {inner}
+inner(xs[0])
+
+
+def outer(x):
+    y = module(x)
+    return y if is_fake(x) else y + torchleaf.to_torch(inner(torchleaf.to_jax(y)), copy=True)
+
+
+step = jax.jit(lambda x: jnp.negative(torchleaf.torch_function(outer)(x * 1.0)))
+with ThreadPoolExecutor(4) as pool:
+    for _ in range(5):
+        for got, x in zip(pool.map(step, xs), inputs, strict=True):
+            with torch.no_grad():
+                expected = -(module(x) + module(module(x)))
+            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+"""
+    run(script)
+
+
+@pytest.mark.parametrize("error", ["ValueError", "SystemExit", "KeyboardInterrupt"])
+def test_errors_of_any_kind_leave_the_process_usable(run, error):
+    script = f"""
+failing = False
+
+
+def function(x):
+    if failing:
+        raise {error}("stop")
+    return module(x)
+
+
+step = jax.jit(lambda x: torchleaf.torch_function(function)(x * 1.0))
+before = np.asarray(step(xs[0]))
+failing = True
+try:
+    jax.block_until_ready(step(xs[0]))
+except BaseException as exc:
+    assert "stop" in str(exc)
+else:
+    raise AssertionError("the error was lost")
+failing = False
+np.testing.assert_array_equal(step(xs[0]), before)
+check(eqx.filter_jit(eqx.filter_value_and_grad(loss))(model, xs[0]), inputs[0])
+"""
+    run(script)
+
+
+@pytest.mark.parametrize("jit", ["jax.jit", ""], ids=["jit", "eager"])
+def test_ctrl_c_leaves_the_process_usable(run, jit):
+    script = f"""
+slow, started = False, threading.Event()
+
+
+def function(x):
+    y = module(x)
+    if slow:
+        started.set()
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            np.testing.assert_array_equal(module(x), y)  # x is still the caller's
+    return y
+
+
+step = {jit}(torchleaf.torch_function(function))
+x = jnp.asarray(xs[0])
+before = np.asarray(step(x))
+for _ in range(2):
+    slow = True
+    started.clear()
+    interrupter = threading.Thread(
+        target=lambda: (started.wait(), time.sleep(0.1), os.kill(os.getpid(), signal.SIGINT))
+    )
+    interrupter.start()
+    try:
+        jax.block_until_ready(step(jnp.array(x)))
+        time.sleep(1)
+        interrupted = False
+    except BaseException:  # JAX makes an error of its own of one inside a call
+        interrupted = True
+    assert interrupted, "the interrupt was lost"
+    interrupter.join()
+    slow = False
+    for _ in range(20):
+        np.testing.assert_array_equal(step(x), before)
+    check(eqx.filter_jit(eqx.filter_value_and_grad(loss))(model, xs[0]), inputs[0])
+"""
+    run(script)
+
+
+def test_torch_works_in_a_forked_child(run):
+    script = """
+check(eqx.filter_jit(eqx.filter_value_and_grad(loss))(model, xs[0]), inputs[0])
+with torch.no_grad():
+    expected = module(inputs[0])
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # JAX's, about threads and forks
+    child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)  # torch's own threads do not survive a fork: it hangs without torchleaf too
+    with torch.no_grad():
+        same = torch.allclose(module(inputs[0]), expected, atol=1e-5)
+    os._exit(0 if same else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+check(eqx.filter_jit(eqx.filter_value_and_grad(loss))(model, xs[1]), inputs[1])
+"""
+    run(script)
