@@ -25,7 +25,7 @@ import torchleaf
 from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 
-faulthandler.dump_traceback_later(40, exit=True)
+faulthandler.dump_traceback_later(60, exit=True)
 torch.set_num_threads(max(2, torch.get_num_threads()))  # a machine of one core too
 torch.manual_seed(0)
 module = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
@@ -235,6 +235,31 @@ for _ in range(2):
     check(eqx.filter_jit(eqx.filter_value_and_grad(loss))(model, xs[0]), inputs[0])
 """
     run(script)
+
+
+def test_program_within_a_call_is_not_kept_waiting():
+    """XLA runs the inner program's torch calls on threads of its own, while the outer call waits for them."""
+    run_python(
+        _SETUP.replace("ROWS", "2")
+        + """
+softmax = torchleaf.torch_function(lambda x: torch.softmax(x @ x, -1))
+inner = jax.jit(jax.grad(lambda x: (softmax(jnp.sin(x) @ x) * jnp.cos(x) + softmax(x * 2)).sum()))
+
+
+def outer(x):
+    return x if is_fake(x) else torchleaf.to_torch(inner(torchleaf.to_jax(x @ x)), copy=True)
+
+
+step = jax.jit(lambda x: torchleaf.torch_function(lambda x: outer(x) + x @ x)(x * 1.0))
+x = jax.random.normal(jax.random.key(0), (512, 512)) / 32
+expected = inner(x @ x) + x @ x
+jax.block_until_ready(step(x))
+began = time.monotonic()
+for _ in range(5):
+    np.testing.assert_allclose(step(x), expected, rtol=1e-3, atol=1e-4)
+assert time.monotonic() - began < 10
+"""
+    )
 
 
 def test_torch_works_in_a_forked_child(run):
