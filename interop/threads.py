@@ -5,7 +5,8 @@ thread that enters it, and once two teams together outnumber the cores its threa
 parallel region then pays a wake-up of 50 microseconds. So there is one team:
 
 - a short call runs where XLA calls from, on one core, without a team;
-- a long one is handed to one long-lived thread, which has torch's number of threads, and waits its turn.
+- a long one is handed to one long-lived thread, which has torch's number of threads, and waits its turn. If that takes
+  long (it may wait for itself: a call from within a call), it gets another thread for the time.
 
 Which calls are short follows from their operations alone, so that a program gives the same bits each time it runs.
 
@@ -29,7 +30,7 @@ from .once import Once
 LONG = 2e6
 """Floating-point operations from which on a call is handed over; those of a hand-over's time on one core."""
 
-_PATIENCE = 10.0  # seconds
+_PATIENCE = 0.1  # seconds
 _SOFT = 1  # omp_pause_soft: end the threads, keep the settings
 
 
@@ -49,8 +50,8 @@ def settle() -> None:
 class _TorchThread:
     """Runs one piece of work at a time on a thread of its own."""
 
-    def __init__(self) -> None:
-        self.n_threads = torch.get_num_threads()
+    def __init__(self, n_threads: int):
+        self.n_threads = n_threads
         self._busy, self._given, self._done = threading.Lock(), threading.Lock(), threading.Lock()
         self._given.acquire()
         self._done.acquire()
@@ -63,8 +64,12 @@ class _TorchThread:
         """What `work` returns."""
         if threading.get_ident() == self._thread.ident:
             return work()
-        if not self._busy.acquire(timeout=_PATIENCE):  # a call from within a call may wait for itself
-            return _on_one_core(work)
+        if not self._busy.acquire(timeout=_PATIENCE):
+            spare = _TorchThread(self.n_threads)
+            try:
+                return spare.run(work)
+            finally:
+                spare.stop()
         try:
             self._work = work
             del work
@@ -74,6 +79,10 @@ class _TorchThread:
             return result
         finally:
             self._busy.release()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._given.release()
 
     def _wait(self) -> None:
         """Wait for the work to end: it uses buffers of the caller's, so Ctrl-C is raised after it."""
@@ -91,7 +100,8 @@ class _TorchThread:
                 n_threads = self.n_threads
                 torch.set_num_threads(n_threads)
             work, self._work = self._work, None
-            assert work is not None
+            if work is None:
+                return
             self._result = work()
             del work  # it holds tensors that view XLA's buffers
             self._done.release()
@@ -99,7 +109,7 @@ class _TorchThread:
 
 @Once
 def _torch_thread() -> _TorchThread:
-    return _TorchThread()
+    return _TorchThread(torch.get_num_threads())
 
 
 os.register_at_fork(after_in_child=_torch_thread.forget)  # threads do not survive a fork
