@@ -31,6 +31,7 @@ LONG = 2e6
 """Floating-point operations from which on a call is handed over; those of a hand-over's time on one core."""
 
 _PATIENCE = 0.1  # seconds
+_AS_OPENMP = 0  # MKL's own number of threads when none is set
 _SOFT = 1  # omp_pause_soft: end the threads, keep the settings
 
 
@@ -93,12 +94,10 @@ class _TorchThread:
             raise
 
     def _serve(self) -> None:
-        n_threads = None
         while True:
             self._given.acquire()
-            if n_threads != self.n_threads:
-                n_threads = self.n_threads
-                torch.set_num_threads(n_threads)
+            if torch.get_num_threads() != self.n_threads:  # MKL is slower with a number that was set
+                torch.set_num_threads(self.n_threads)
             work, self._work = self._work, None
             if work is None:
                 return
@@ -118,13 +117,14 @@ os.register_at_fork(after_in_child=_torch_thread.forget)  # threads do not survi
 def _on_one_core(work: Callable[[], Any]) -> Any:
     openmp = _openmp()
     n_openmp = torch.get_num_threads()  # in a new thread this sets it, which must not happen in `work`
-    n_mkl = openmp.set_mkl_threads(1)
+    n_mkl = openmp.set_mkl_threads(_AS_OPENMP)
     openmp.set_threads(1)
     try:
         return work()
     finally:
         openmp.set_threads(n_openmp)
-        openmp.set_mkl_threads(n_mkl)
+        if n_mkl != _AS_OPENMP:
+            openmp.set_mkl_threads(n_mkl)
 
 
 class _OpenMP:
