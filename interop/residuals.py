@@ -31,7 +31,6 @@ from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradien
 
 from .batching import vmap
 from .call import Aval, Tensors, TorchCall
-from .dtypes import to_torch_dtype
 from .kernels import compiling
 
 HANDLE = Aval((2,), np.dtype(np.int32))
@@ -189,7 +188,7 @@ class Graph:
         """The gradients of the operands `active`, given those of the outputs `outs`; the graph is used up."""
         pairs = [(edge, ct) for o, ct in zip(outs, cotangents, strict=True) if (edge := self._outputs[o]) is not None]
         if not pairs:
-            return tuple(self._zeros(i) for i in active)
+            return tuple(self._zeros(i, operands) for i in active)
         inputs = [self._inputs[self._active.index(i)] for i in active]
         self._saved.operands = operands
         try:
@@ -205,11 +204,10 @@ class Graph:
             )
         finally:
             self._saved.operands = ()
-        return tuple(self._zeros(i) if g is None else g for i, g in zip(active, grads, strict=True))
+        return tuple(self._zeros(i, operands) if g is None else g for i, g in zip(active, grads, strict=True))
 
-    def _zeros(self, operand: int) -> torch.Tensor:
-        aval = self._call.in_avals[operand]
-        return torch.zeros(aval.shape, dtype=to_torch_dtype(aval.dtype))
+    def _zeros(self, operand: int, operands: Tensors) -> torch.Tensor:
+        return operands[operand].new_zeros(self._call.in_avals[operand].shape)
 
 
 class _Saved:

@@ -111,7 +111,8 @@ def _torch_thread() -> _TorchThread:
     return _TorchThread(torch.get_num_threads())
 
 
-os.register_at_fork(after_in_child=_torch_thread.forget)  # threads do not survive a fork
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_torch_thread.forget)  # threads do not survive a fork
 
 
 def _on_one_core(work: Callable[[], Any]) -> Any:

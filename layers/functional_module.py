@@ -1,7 +1,7 @@
 """A `torch.nn.Module` taken apart: its weights as a flat dict of arrays, the rest as a skeleton.
 
 The skeleton is a copy of the module whose parameters and buffers lie on the meta device. A call puts
-tensors in their place with `torch.func.functional_call`, in a copy that no other thread is using.
+tensors in their place as `torch.func.functional_call` does, in a copy that no other thread is using.
 """
 
 import warnings
