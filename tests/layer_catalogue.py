@@ -2,9 +2,10 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+import jax
 import torch
 from custom_layers import (
     Channels,
@@ -35,12 +36,42 @@ class LayerSpec:
     loops: bool = False
     """Whether torch.func.vmap lacks rules for it, so that vmap runs as a loop, with a warning."""
     tolerance: float = 1e-5
+    options: dict[str, Any] = field(default_factory=dict)
+    """Those of `TorchModule`."""
+    stateful: bool = False
+    """Whether it changes its buffers in training mode."""
+    random: Literal["never", "in training", "always"] = "never"
+    note: str = ""
+    """What a user should know of it."""
 
     def draw(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return self.arguments(), self.keywords()
 
+    def draw_batch(self, size: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments whose tensors have a leading axis of `size`."""
+        return jax.tree.map(_stack, *(self.draw() for _ in range(size)))
 
-def _eval(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+
+def looped(function: Callable[..., Any], size: int) -> Callable[..., Any]:
+    """`function` example by example, in torch: what its vmap has to give."""
+
+    def loop(*args: Any, **kwargs: Any) -> Any:
+        rows = [jax.tree.map(lambda x: _row(x, i), (args, kwargs)) for i in range(size)]
+        return jax.tree.map(_stack, *(function(*a, **k) for a, k in rows))
+
+    return loop
+
+
+def _stack(first: Any, *others: Any) -> Any:
+    return torch.stack([first, *others]) if isinstance(first, torch.Tensor) else first
+
+
+def _row(leaf: Any, i: int) -> Any:
+    return leaf[i].clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def in_eval(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """`make`, in evaluation mode."""
     return lambda: make().eval()
 
 
@@ -131,8 +162,13 @@ NORMALISATION = [
     LayerSpec("GroupNorm", lambda: nn.GroupNorm(2, 4), lambda: (randn(2, 4, 5),)),
     LayerSpec("RMSNorm", lambda: nn.RMSNorm(4), lambda: (randn(2, 3, 4),)),
     LayerSpec("InstanceNorm2d", lambda: nn.InstanceNorm2d(3, affine=True), lambda: (randn(2, 3, 4, 5),)),
-    LayerSpec("BatchNorm1d", _warm_batchnorm(lambda: nn.BatchNorm1d(3), 8, 3), lambda: (randn(5, 3),)),
-    LayerSpec("BatchNorm2d", _warm_batchnorm(lambda: nn.BatchNorm2d(3), 8, 3, 4, 4), lambda: (randn(2, 3, 4, 5),)),
+    LayerSpec("BatchNorm1d", _warm_batchnorm(lambda: nn.BatchNorm1d(3), 8, 3), lambda: (randn(5, 3),), stateful=True),
+    LayerSpec(
+        "BatchNorm2d",
+        _warm_batchnorm(lambda: nn.BatchNorm2d(3), 8, 3, 4, 4),
+        lambda: (randn(2, 3, 4, 5),),
+        stateful=True,
+    ),
     LayerSpec(
         "BatchNorm1d-training-without-statistics",
         lambda: nn.BatchNorm1d(3, track_running_stats=False),
@@ -160,20 +196,23 @@ ATTENTION = [
     ),
     LayerSpec(
         "TransformerEncoder",
-        _eval(lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)),
+        in_eval(lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)),
         lambda: (randn(2, 5, 8),),
         lambda: {"src_key_padding_mask": _padding(2, 5)},
+        random="in training",
     ),
     LayerSpec(
         "TransformerEncoderLayer-norm-first",
-        _eval(lambda: nn.TransformerEncoderLayer(8, 2, 16, activation="gelu", norm_first=True, batch_first=True)),
+        in_eval(lambda: nn.TransformerEncoderLayer(8, 2, 16, activation="gelu", norm_first=True, batch_first=True)),
         lambda: (randn(2, 5, 8),),
+        random="in training",
     ),
     LayerSpec(
         "TransformerDecoderLayer",
-        _eval(lambda: nn.TransformerDecoderLayer(8, 2, 16)),
+        in_eval(lambda: nn.TransformerDecoderLayer(8, 2, 16)),
         lambda: (randn(5, 2, 8), randn(4, 2, 8)),
         lambda: {"tgt_mask": _causal(5), "tgt_is_causal": True},
+        random="in training",
     ),
 ]
 
@@ -195,9 +234,9 @@ PARAMETRIZED = [
     LayerSpec("weight_norm", lambda: parametrizations.weight_norm(nn.Linear(3, 4)), lambda: (randn(5, 3),)),
     LayerSpec("weight_norm-hook", _weight_norm_hook, lambda: (randn(5, 3),)),
     LayerSpec(
-        "spectral_norm", _eval(lambda: parametrizations.spectral_norm(nn.Conv1d(3, 4, 2))), lambda: (randn(2, 3, 5),)
+        "spectral_norm", in_eval(lambda: parametrizations.spectral_norm(nn.Conv1d(3, 4, 2))), lambda: (randn(2, 3, 5),)
     ),
-    LayerSpec("spectral_norm-hook", _eval(lambda: nn.utils.spectral_norm(nn.Linear(3, 4))), lambda: (randn(5, 3),)),
+    LayerSpec("spectral_norm-hook", in_eval(lambda: nn.utils.spectral_norm(nn.Linear(3, 4))), lambda: (randn(5, 3),)),
     LayerSpec("orthogonal", lambda: parametrizations.orthogonal(nn.Linear(4, 4)), lambda: (randn(5, 4),)),
     LayerSpec("tied-weights", lambda: TiedAutoencoder(5, 3), lambda: (torch.randint(5, (4,)),)),
 ]
@@ -210,7 +249,7 @@ CONTAINERS = [
     LayerSpec("ParameterList-ParameterDict", lambda: ParameterContainers(3), lambda: (randn(5, 3),)),
     LayerSpec("Sequential-ModuleList", lambda: Gated(3, 4, 3), lambda: ({"x": randn(5, 3), "gates": [randn(4)] * 3},)),
     LayerSpec("buffers", lambda: Channels(4), lambda: (randn(5, 4),)),
-    LayerSpec("counting-attribute-in-eval", _eval(lambda: Counting(3)), lambda: (randn(5, 3),)),
+    LayerSpec("counting-attribute-in-eval", in_eval(lambda: Counting(3)), lambda: (randn(5, 3),)),
     LayerSpec("no-parameters", NoParameters, lambda: (randn(5, 3), 2.5)),
     LayerSpec("plain-tensor-attribute", lambda: OnPlainTensor(3), lambda: (randn(5, 3),)),
 ]
