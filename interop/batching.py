@@ -1,7 +1,8 @@
 """`Vmap`: a torch call over a batch axis, by `torch.func.vmap`, natively batched, or as a loop in one torch call.
 
-An operand that is not batched has the dim None; an *output* whose dim is None is summed over the batch. So the
-transpose of a batched linear call is the batched transpose, with the dims of operands and outputs exchanged.
+An operand that is not batched has the dim None; an *output* whose dim is None is summed over the batch, or else is
+state that the examples share. So the transpose of a batched linear call is the batched transpose, with the dims of
+operands and outputs exchanged.
 """
 
 import warnings
@@ -12,15 +13,27 @@ import torch
 
 from . import dtypes
 from .call import Aval, Linearized, Tensors, TorchCall, VmapMethod, take
-from .errors import TorchCallError, quote
+from .errors import StateError, TorchCallError, quote
 from .trial import trial_run
 
 Dims = tuple[int | None, ...]
 
 
 def vmap(call: TorchCall, in_dims: Dims, size: int) -> "Vmap":
-    """`call` over a batch of `size`, its outputs batched along axis 0."""
-    return call.derive(Vmap, in_dims, (0,) * len(call.out_avals), size, call.base.vmap_method)
+    """`call` over a batch of `size`, its outputs batched along axis 0; state that all examples share is not.
+
+    Raises `StateError` where examples would change shared state each in its own way.
+    """
+    shared = {out for operand, out in call.state if in_dims[operand] is None}
+    if shared and call.base.vmap_method != "batched":
+        raise StateError(
+            f"vmap of {call.name}: the examples share the state {_state_names(call)}, which each would change in its "
+            "own way; torch's statistics are those of the whole batch. Call the module on the whole batch outside vmap "
+            "(vmap only the JAX parts of the model), or pass vmap_method='batched' to have vmap do so, or give each "
+            "example its own parameters and state (torchleaf.stack)."
+        )
+    out_dims = tuple(None if i in shared else 0 for i in range(len(call.out_avals)))
+    return call.derive(Vmap, in_dims, out_dims, size, call.base.vmap_method)
 
 
 class Vmap(TorchCall):
@@ -30,7 +43,8 @@ class Vmap(TorchCall):
         super().__init__()
         self.inner, self.in_dims, self.out_dims = inner, in_dims, out_dims
         self.size, self.method = size, method
-        self.base, self.linear_operands = inner.base, inner.linear_operands
+        self.base, self.state, self.linear_operands = inner.base, inner.state, inner.linear_operands
+        self._shared = frozenset(out for _, out in inner.state if out_dims[out] is None)
         self.differentiated, self.operations = inner.differentiated, size * inner.operations
         self.in_avals = tuple(_batched_aval(a, d, size) for a, d in zip(inner.in_avals, in_dims, strict=True))
         self.out_avals = tuple(_batched_aval(a, d, size) for a, d in zip(inner.out_avals, out_dims, strict=True))
@@ -79,8 +93,17 @@ class Vmap(TorchCall):
         return self.inner.composable
 
     def run(self, *tensors: torch.Tensor) -> Tensors:
-        batched = self._strategy(self, *tensors)
-        return tuple(y.sum(0) if d is None else y.movedim(0, d) for y, d in zip(batched, self.out_dims, strict=True))
+        try:
+            batched = self._strategy(self, *tensors)
+        except RuntimeError as exc:  # torch takes other branches for fake tensors, so a trial does not tell all
+            if self._strategy is not _functional or self.method == "vmap" or not str(exc).startswith("vmap: "):
+                raise
+            self._strategy = self._fall_back(quote(exc))
+            batched = self._strategy(self, *tensors)
+        return tuple(
+            y if i in self._shared else y.sum(0) if d is None else y.movedim(0, d)
+            for i, (y, d) in enumerate(zip(batched, self.out_dims, strict=True))
+        )
 
     @cached_property
     def _batch_axes(self) -> tuple[int, ...]:
@@ -126,13 +149,17 @@ class Vmap(TorchCall):
                 f"vmap of {self.inner.name}: torch.func.vmap cannot batch it ({failure}). Use vmap_method='auto' or "
                 "'loop' to run it example by example, or 'batched' if it takes a leading batch axis itself."
             )
+        return self._fall_back(failure)
+
+    def _fall_back(self, failure: str) -> "Callable[..., Tensors]":
+        """The loop, with a warning that says why."""
         if not self.base.warned:
             self.base.warned = True
             warnings.warn(
                 f"vmap of {self.inner.name}: torch.func.vmap cannot batch it, so it runs as a loop over {self.size} "
                 f"examples inside one torch call ({failure}). Pass vmap_method='batched' if it takes a leading batch "
                 "axis itself, or vmap_method='loop' to silence this.",
-                stacklevel=2,
+                stacklevel=3,
             )
         return _loop
 
@@ -155,9 +182,13 @@ def _find_batch_axes(call: Vmap) -> tuple[int, ...]:
     return axes
 
 
+def _state_names(call: TorchCall) -> str:
+    return ", ".join(call.base.operand_name(operand).removeprefix("argument ") for operand, _ in call.state)
+
+
 def _check_batched(call: Vmap, output: int, shape: tuple[int, ...], axis: int, size: int) -> None:
     aval = call.inner.out_avals[output]
-    expected = (*aval.shape[:axis], size, *aval.shape[axis:])
+    expected = aval.shape if output in call._shared else (*aval.shape[:axis], size, *aval.shape[axis:])
     if shape != expected:
         raise TorchCallError(
             f"vmap of {call.inner.name} with vmap_method='batched': output {output} has shape {shape} for a batch of "
@@ -175,7 +206,7 @@ def _vmap_failure(call: Vmap) -> str | None:
 
 
 def _functional(call: Vmap, *tensors: torch.Tensor) -> Tensors:
-    return torch.func.vmap(call.inner.run, in_dims=call.in_dims, out_dims=0)(*tensors)
+    return torch.func.vmap(call.inner.run, in_dims=call.in_dims, out_dims=0, randomness="different")(*tensors)
 
 
 def _loop(call: Vmap, *tensors: torch.Tensor) -> Tensors:
@@ -190,7 +221,10 @@ def _batched(call: Vmap, *tensors: torch.Tensor) -> Tensors:
     outs = call.inner.run(*(x if d is None else x.movedim(d, 0) for x, d in zip(tensors, call.in_dims, strict=True)))
     for i, (y, axis) in enumerate(zip(outs, call._batch_axes, strict=True)):
         _check_batched(call, i, tuple(y.shape), axis, call.size)
-    return tuple(y.movedim(axis, 0) for y, axis in zip(outs, call._batch_axes, strict=True))
+    return tuple(
+        y if i in call._shared else y.movedim(axis, 0)
+        for i, (y, axis) in enumerate(zip(outs, call._batch_axes, strict=True))
+    )
 
 
 def _merged(call: Vmap, *tensors: torch.Tensor) -> Tensors:
@@ -201,16 +235,22 @@ def _merged(call: Vmap, *tensors: torch.Tensor) -> Tensors:
         x if d is None or e is None else x.movedim(d, 0).movedim(e + 1, 1).flatten(0, 1)
         for x, d, e in zip(tensors, call.in_dims, inner.in_dims, strict=True)
     ]
-    return tuple(y.unflatten(0, (call.size, inner.size)) for y in call._merged_call.run(*merged))
+    return tuple(
+        y if i in call._shared else y.unflatten(0, (call.size, inner.size))
+        for i, y in enumerate(call._merged_call.run(*merged))
+    )
 
 
 def _empty(call: Vmap, *tensors: torch.Tensor) -> Tensors:
-    """A batch of none; sums over it are zeros."""
+    """A batch of none; sums over it are zeros, and shared state stays as it is."""
     device = tensors[0].device
-    return tuple(
+    outs = [
         torch.empty((0, *aval.shape), dtype=dtypes.to_torch_dtype(aval.dtype), device=device)
         for aval in call.inner.out_avals
-    )
+    ]
+    for operand, out in call.state:
+        outs[out] = tensors[operand] if out in call._shared else outs[out]
+    return tuple(outs)
 
 
 def _batched_aval(aval: Aval, dim: int | None, size: int) -> Aval:

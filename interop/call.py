@@ -39,6 +39,8 @@ class TorchCall:
     out_avals: tuple[Aval, ...]
     base: "Base"
     """The user's callable underneath."""
+    state: tuple[tuple[int, int], ...] = ()
+    """Operands that are state, each with the output that is its new value, through which no gradient flows."""
     linear_operands: frozenset[int] = frozenset()
     """Operands the call is (jointly) linear in, given the others."""
     differentiated: bool = False
@@ -77,7 +79,8 @@ class TorchCall:
     @property
     def inexact_outs(self) -> tuple[int, ...]:
         """Outputs that carry tangents."""
-        return tuple(i for i, aval in enumerate(self.out_avals) if is_inexact(aval.dtype))
+        constant = {out for _, out in self.state}
+        return tuple(i for i, aval in enumerate(self.out_avals) if i not in constant and is_inexact(aval.dtype))
 
     def linearize(self, active: tuple[int, ...]) -> Linearized | None:
         """The tangent map of a call that is linear in the `active` operands; None if it is not.
@@ -119,6 +122,7 @@ class Base(TorchCall):
 
     - `function`: takes one tensor per aval and returns one tensor per output aval.
     - `operand_names`: how errors call the operands.
+    - `state`: operands that are state, each with the output that is its new value.
     - `fakeable`: whether `function` can run on fake tensors (False if it inspects values).
     - `fused_kernels`: those it uses that are replaced under higher derivatives (`kernels.py`).
     - `forward_mode`, `vmap_method`, `residuals`: the user's options.
@@ -132,6 +136,7 @@ class Base(TorchCall):
         operand_names: Sequence[str],
         in_avals: Sequence[Aval],
         out_avals: Sequence[Aval],
+        state: tuple[tuple[int, int], ...],
         operations: float,
         fakeable: bool,
         fused_kernels: frozenset[str],
@@ -143,7 +148,7 @@ class Base(TorchCall):
         self.base = self
         self.function, self.name, self._operand_names = function, name, operand_names
         self.operations, self.fakeable, self.fused_kernels = operations, fakeable, fused_kernels
-        self.in_avals, self.out_avals = tuple(in_avals), tuple(out_avals)
+        self.in_avals, self.out_avals, self.state = tuple(in_avals), tuple(out_avals), state
         self.forward_mode, self.vmap_method, self.residuals = forward_mode, vmap_method, residuals
         self.warned = False  # about falling back to a loop
 

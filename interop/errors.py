@@ -14,7 +14,7 @@ class TorchCallError(RuntimeError):
 
 
 class StateError(TorchCallError):
-    """The forward changes state (a buffer, an attribute) that the call could only lose."""
+    """The forward changes state (a buffer, an attribute) that the call could only lose or mix up."""
 
 
 class CapturedWriteError(StateError):
@@ -26,7 +26,7 @@ class CapturedWriteError(StateError):
 
 
 class RandomnessError(TorchCallError):
-    """The forward draws random numbers without a source that JAX controls."""
+    """The forward draws random numbers, but was given no key to draw them from."""
 
 
 def quote(exc: BaseException) -> str:

@@ -16,14 +16,12 @@ from .arguments import Arguments, Filler
 from .arrays import array_to_torch
 from .call import Aval, Residuals, VmapMethod
 from .errors import TorchCallError
-from .kernels import compiled_code
+from .kernels import COMPILED, NONE, compiled_code, plain_kernels
 from .primitive import bind
+from .random import WithKey, WithoutKey, key_operand
 from .signature import Signature
 from .specialize import Specialized
-from .trace import Trace, trace
-
-Flat = Callable[..., Any]
-"""A function of flat tensors that returns a pytree."""
+from .trace import Flat, Trace, Traceable, trace
 
 _VMAP_METHODS = ("auto", "vmap", "batched", "loop")
 
@@ -48,7 +46,13 @@ def torch_function(
     ```
 
     The function must be pure: it sees arrays as `torch.Tensor`s and returns tensors. What it writes into an
-    argument in place stays inside the call.
+    argument in place stays inside the call. One that draws random numbers is called with `key=`, a JAX PRNG key: the
+    same key gives the same numbers, and torch's global generators are left alone.
+
+    ```python
+    noisy = torchleaf.torch_function(lambda x: x + torch.randn_like(x))
+    noisy(x, key=jax.random.key(0))
+    ```
 
     **Arguments:**
 
@@ -67,11 +71,11 @@ def torch_function(
       and so cannot be traced without computing.
     - `example_args`: positional arguments to run such a function on once instead, for its output shapes.
 
-    **Returns:** a function of the same signature, returning what `fn` returns with `jax.Array`s for tensors, in the
-    dtypes torch gives, canonicalised as JAX does. Without `fn`: a decorator.
+    **Returns:** a function of the same signature (and `key=`), returning what `fn` returns with `jax.Array`s for
+    tensors, in the dtypes torch gives, canonicalised as JAX does. Without `fn`: a decorator.
 
-    **Raises:** `TypeError` for arguments that do not fit the signature; `torchleaf.TorchCallError` when the function
-    cannot be traced or fails, with torch's own message.
+    **Raises:** `TypeError` for arguments that do not fit the signature; `torchleaf.RandomnessError` when it draws
+    random numbers without a key; `torchleaf.TorchCallError` when it cannot be traced or fails, with torch's message.
 
     Source: [`torch.func`](https://docs.pytorch.org/docs/stable/func.html),
     [`jax.extend.core.Primitive`](https://docs.jax.dev/en/latest/jax.extend.core.html).
@@ -138,56 +142,81 @@ class TorchFunction:
         return f"torch_function({self.name})"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.apply(Arguments(args, kwargs, self._signature))
+        key = None
+        if "key" in kwargs and not self._signature.wants_key(kwargs["key"], args):
+            key = kwargs.pop("key")
+        return self.apply(Arguments(args, kwargs, self._signature), key)[0]
 
-    def apply(self, arguments: Arguments) -> Any:
-        """Call with arguments already taken apart."""
-        key = (arguments.key, jax.config.jax_enable_x64)  # pyright: ignore[reportAttributeAccessIssue]
-        specialized = self._specialized.get(key)
+    def apply(self, arguments: Arguments, key: Any = None, *, stateful: bool = False) -> tuple[Any, dict[int, Any]]:
+        """Call with arguments already taken apart; the output, and new values of operands that are state.
+
+        With `stateful` the caller keeps those values; otherwise a call that changes state is refused.
+        """
+        key_type = None if key is None else (getattr(key, "dtype", None), getattr(key, "shape", None))
+        x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+        signature = (arguments.key, x64, key_type, stateful)
+        specialized = self._specialized.get(signature)
         if specialized is None:
-            specialized = self._specialized[key] = self._specialize(arguments)
-        return specialized.rebuild(bind(specialized.call, *arguments.operands))
+            specialized = self._specialized[signature] = self._specialize(arguments, key, stateful)
+        operands = arguments.operands
+        if specialized.random:
+            operands = [*operands, key_operand(key, self.name)]
+        return specialized.rebuild(bind(specialized.call, *operands))
 
     # Hooks for the methods of modules, whose leading operands are weights.
+
+    state_operands: tuple[int, ...] = ()
+    """Operands whose new values a stateful caller keeps."""
 
     def operand_dtypes(self, avals: Sequence[Aval]) -> list[torch.dtype]:
         """The torch dtypes the flat operands arrive in."""
         return [dtypes.operand_dtype(a.dtype) for a in avals]
 
-    def runner(self, fill: Filler) -> Flat:
-        """The callable over flat tensors, as compiled programs run it."""
+    def observer(self, fill: Filler) -> Flat:
+        """The callable over flat tensors, as it runs while it is traced."""
         fn = self._fn
 
-        def run(*tensors: torch.Tensor) -> Any:
+        def run(*tensors: torch.Tensor) -> tuple[Any, tuple[()]]:
             args, kwargs = fill(tensors)
-            return fn(*args, **kwargs)
+            return fn(*args, **kwargs), ()
 
         return run
 
-    def observer(self, fill: Filler) -> Flat:
-        """The callable over flat tensors, as it runs while it is traced."""
-        return self.runner(fill)
+    def runner(self, fill: Filler, found: Trace, *, stateful: bool) -> Flat:
+        """The same as compiled programs run it; of state operands it returns those in `found.state`."""
+        return self.observer(fill)
 
-    def check(self, found: Trace) -> None:
+    def check(self, found: Trace, *, stateful: bool) -> None:
         """Refuse what the trace found and the call cannot do."""
 
-    def _specialize(self, arguments: Arguments) -> Specialized:
+    def _specialize(self, arguments: Arguments, key: Any, stateful: bool) -> Specialized:
         """Trace the callable for one signature."""
         arguments.check_signature()
         wanted, fill = self.operand_dtypes(arguments.avals), arguments.filler()
-        found = trace(
-            self.observer(fill),
-            [(a.shape, d) for a, d in zip(arguments.avals, wanted, strict=True)],
-            name=self.name,
-            operand_names=arguments.names(),
-            out_shape=self._out_shape,
-            example=lambda: self._example(arguments, wanted),
+        avals, names, function = list(arguments.avals), arguments.names(), self.observer(fill)
+        if key is not None:
+            words = key_operand(key, self.name)
+            avals, names, wanted = [*avals, Aval(words.shape, words.dtype)], [*names, "key"], [*wanted, torch.uint32]
+            function = _with_key(function, kernels=NONE)
+        traced = Traceable(
+            function,
+            self.name,
+            names,
+            [(a.shape, d) for a, d in zip(avals, wanted, strict=True)],
+            self.state_operands,
+            has_key=key is not None,
         )
-        self.check(found)
+        found = trace(traced, out_shape=self._out_shape, example=lambda: self._example(arguments, wanted))
+        self.check(found, stateful=stateful)
         found = replace(found, fused_kernels=found.fused_kernels | compiled_code(self._fn))
-        return Specialized(
-            self.runner(fill), arguments.names(), arguments.avals, wanted, found, name=self.name, **self._options
-        )
+        run = self.runner(fill, found, stateful=stateful)
+        if found.random:
+            run = _with_key(run, kernels=found.fused_kernels & {COMPILED})  # ops in compiled code cannot be seen
+        elif key is not None:
+            avals, names, wanted = avals[:-1], names[:-1], wanted[:-1]
+        if not (found.random or found.fakeable):
+            run = _without_key(run, self.name)
+        return Specialized(run, names, avals, wanted, found, name=self.name, **self._options)
 
     def _example(self, arguments: Arguments, wanted: Sequence[torch.dtype]) -> list[torch.Tensor] | None:
         """Values to run the callable on once: `example_args` of the same shapes, or the arguments if not traced."""
@@ -204,7 +233,26 @@ class TorchFunction:
                 )
             operands = example.operands
         with jax.ensure_compile_time_eval():
-            return [array_to_torch(x, copy=True).to(d) for x, d in zip(operands, wanted, strict=True)]
+            tensors = [array_to_torch(x, copy=True).to(d) for x, d in zip(operands, wanted, strict=False)]
+        return [*tensors, *(torch.zeros(2, dtype=torch.uint32) for _ in wanted[len(tensors) :])]  # any key will do
+
+
+def _with_key(run: Flat, *, kernels: frozenset[str]) -> Flat:
+    """`run` without `kernels`, and with one more operand: the key that random ops draw from."""
+
+    def keyed(*tensors: torch.Tensor) -> Any:
+        with plain_kernels(kernels), WithKey(tensors[-1]):
+            return run(*tensors[:-1])
+
+    return keyed
+
+
+def _without_key(run: Flat, name: str) -> Flat:
+    def keyless(*tensors: torch.Tensor) -> Any:
+        with WithoutKey(name):
+            return run(*tensors)
+
+    return keyless
 
 
 def _shapes(arguments: Arguments) -> str:

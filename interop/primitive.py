@@ -148,8 +148,8 @@ def _batch(operands: Sequence[Any], dims: Sequence[Any], *, call: TorchCall) -> 
         outs, out_dims = _batch(take(operands, kept), take(in_dims, kept), call=inner)
         handles = [jnp.zeros(aval.shape, aval.dtype) for aval in call.out_avals[len(outs) :]]
         return [*outs, *handles], [*out_dims, *(None for _ in handles)]
-    outs = bind(vmap(call, in_dims, size), *operands)
-    return outs, [0] * len(outs)
+    batched = vmap(call, in_dims, size)
+    return bind(batched, *operands), list(batched.out_dims)
 
 
 batching.primitive_batchers[torch_call_p] = _batch

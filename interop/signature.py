@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from .random import is_key
 from .trees import leaf_names
 
 
@@ -25,6 +26,12 @@ class Signature:
             self._signature.bind(*args, **kwargs)
         except TypeError as exc:
             raise TypeError(f"{self.name}{self._signature}: {exc}.") from None
+
+    def wants_key(self, key: Any, args: tuple[Any, ...]) -> bool:
+        """Whether `key=` is an argument of the callable itself (attention has one), not a PRNG key for torchleaf."""
+        if self._signature is None or "key" not in self._signature.parameters or is_key(key):
+            return False
+        return "key" not in self._signature.bind_partial(*args).arguments
 
     def leaf_names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         """Each leaf of `(args, kwargs)` as the user wrote it: `x`, `targets['label']`."""

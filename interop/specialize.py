@@ -1,6 +1,6 @@
 """A torch callable at one signature: a `Base` call over flat tensors, and how results become the output."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ from . import dtypes
 from .arguments import static_key
 from .call import Aval, Base, Tensors
 from .errors import TorchCallError
-from .trace import Trace
+from .trace import Flat, Trace
 from .trees import flatten_registering, leaf_names
 
 
@@ -19,7 +19,7 @@ class Specialized:
 
     **Arguments:**
 
-    - `function`: the callable over flat tensors.
+    - `function`: the callable over flat tensors; with `found.random` the last one is the key.
     - `operand_names`, `in_avals`: the operands.
     - `wanted`: the torch dtype each operand arrives in.
     - `found`: what tracing found.
@@ -28,7 +28,7 @@ class Specialized:
 
     def __init__(
         self,
-        function: Callable[..., Any],
+        function: Flat,
         operand_names: Sequence[str],
         in_avals: Sequence[Aval],
         wanted: Sequence[torch.dtype],
@@ -45,24 +45,27 @@ class Specialized:
             if old != new or i in found.mutated
         ]
         self._is_tensor = jax.tree_util.treedef_is_leaf(found.treedef) and bool(found.out_avals)
-        self._out_dtypes = [dtypes.to_torch_dtype(aval.dtype) for aval in found.out_avals]
+        self._n_outs, self.state, self.random = len(found.out_avals), found.state, found.random
+        out_avals = (*found.out_avals, *(in_avals[i] for i in found.state))
+        self._out_dtypes = [dtypes.to_torch_dtype(aval.dtype) for aval in out_avals]
         self.call = Base(
             self._run,
             name=name,
             operand_names=operand_names,
             in_avals=in_avals,
-            out_avals=found.out_avals,
+            out_avals=out_avals,
+            state=tuple(zip(found.state, range(self._n_outs, len(out_avals)), strict=True)),
             operations=found.operations,
             fakeable=found.fakeable,
             fused_kernels=found.fused_kernels,
             **options,
         )
 
-    def rebuild(self, results: Sequence[Any]) -> Any:
-        """The callable's output, with arrays in the place of tensors."""
+    def rebuild(self, results: Sequence[Any]) -> tuple[Any, dict[int, Any]]:
+        """The callable's output, with arrays in the place of tensors, and the new values of state operands."""
         feed = iter(results)
         leaves = [next(feed) if isinstance(leaf, Aval) else leaf for leaf in self._found.leaves]
-        return jax.tree.unflatten(self._found.treedef, leaves)
+        return jax.tree.unflatten(self._found.treedef, leaves), dict(zip(self.state, feed, strict=True))
 
     def _run(self, *tensors: torch.Tensor) -> Tensors:
         """The callable over flat tensors of the JAX dtypes."""
@@ -71,7 +74,7 @@ class Specialized:
             for i, dtype, written in self._conversions:
                 converted[i] = _convert(tensors[i], dtype, copy=written)
             tensors = tuple(converted)
-        output = self._function(*tensors)
+        output, state = self._function(*tensors)
         if self._is_tensor and type(output) is torch.Tensor:
             leaves, treedef = [output], self._found.treedef
         else:
@@ -83,7 +86,7 @@ class Specialized:
             )
         if not self._found.fakeable:
             self._check_leaves(output, leaves)
-        outs = [y for y in leaves if isinstance(y, torch.Tensor)]
+        outs = [*(y for y in leaves if isinstance(y, torch.Tensor)), *state]
         return tuple(y if y.dtype == d else y.to(d) for y, d in zip(outs, self._out_dtypes, strict=True))
 
     def _check_leaves(self, output: Any, leaves: Sequence[Any]) -> None:

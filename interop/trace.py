@@ -15,13 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import dtypes, kernels
 from .call import Aval
-from .errors import CapturedWriteError, RandomnessError, TorchCallError, quote, signature_text
+from .errors import CapturedWriteError, StateError, TorchCallError, quote, signature_text
 from .operations import operations
+from .random import bound, draws, refuse
 from .trees import flatten_registering, leaf_names
 from .trial import fake_mode
 
 _DATA_DEPENDENT = (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException)
 _NO_FAKE_KERNEL = (fake_tensor.UnsupportedOperatorException, fake_tensor.UnsupportedFakeTensorException)
+Flat = Callable[..., tuple[Any, Sequence[Any]]]
+"""A function of flat tensors: its output, any pytree, and what its state operands are after it."""
+
 _STATIC_OUTPUTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 
 
@@ -34,10 +38,14 @@ class Trace:
     """Output leaves: an `Aval` for each tensor, the value itself for static ones."""
     mutated: frozenset[int]
     """Operands the callable writes into, or may write into depending on values."""
+    state: tuple[int, ...]
+    """Operands of which the callable has new values after it: those of `state_operands` it changes, or may change."""
     fused_kernels: frozenset[str]
     """The fused kernels it uses that have replacements (`kernels.py`)."""
     operations: float
     """How many floating-point operations it takes, about (`operations.py`)."""
+    random: bool
+    """Whether it draws random numbers, or may draw them depending on values."""
     fakeable: bool = True
     """Whether it runs on fake tensors."""
 
@@ -46,70 +54,78 @@ class Trace:
         return tuple(leaf for leaf in self.leaves if isinstance(leaf, Aval))
 
 
-def trace(
-    function: Callable[..., Any],
-    operand_specs: Sequence[tuple[tuple[int, ...], torch.dtype]],
-    *,
-    name: str,
-    operand_names: Sequence[str],
-    out_shape: Any,
-    example: Callable[[], list[torch.Tensor] | None],
-) -> Trace:
-    """Trace `function` over flat operands of the given shapes and torch dtypes.
+@dataclass(frozen=True)
+class Traceable:
+    """A torch callable over flat tensors, before it is known what it does."""
 
-    In this order: on fake tensors; by the caller's `out_shape`; by one real run on `example()`.
-    """
+    function: Flat
+    name: str
+    operand_names: Sequence[str]
+    specs: Sequence[tuple[tuple[int, ...], torch.dtype]]
+    """Shapes and torch dtypes of the operands."""
+    state_operands: tuple[int, ...]
+    """Operands whose values after the call the function returns beside its output."""
+    has_key: bool
+    """Whether random ops have a key to draw from."""
+
+
+def trace(traced: Traceable, *, out_shape: Any, example: Callable[[], list[torch.Tensor] | None]) -> Trace:
+    """Trace a callable: on fake tensors; or by the caller's `out_shape`; or by one real run on `example()`."""
     try:
         with fake_mode():
-            found = _observe(function, [torch.empty(s, dtype=d) for s, d in operand_specs], name, operand_names)
+            found = _observe(traced, [torch.empty(s, dtype=d) for s, d in traced.specs])
     except TorchCallError:
         raise
     except Exception as exc:
         reason = _why_not_fakeable(exc)
         if reason is None:
-            raise TorchCallError(
-                f"{name} failed on operands {signature_text(operand_names, operand_specs)}.\ntorch said: {quote(exc)}"
-            ) from exc
-        return _trace_values(function, operand_specs, name, operand_names, out_shape, example, reason, exc)
+            shown = signature_text(traced.operand_names, traced.specs)
+            raise TorchCallError(f"{traced.name} failed on operands {shown}.\ntorch said: {quote(exc)}") from exc
+        return _trace_values(traced, out_shape, example, reason, exc)
     if out_shape is not None:
-        _compare(declared(out_shape), (found.treedef, found.leaves), name)
+        _compare(declared(out_shape), (found.treedef, found.leaves), traced.name)
     return found
 
 
 def _trace_values(
-    function: Callable[..., Any],
-    operand_specs: Sequence[tuple[tuple[int, ...], torch.dtype]],
-    name: str,
-    operand_names: Sequence[str],
+    traced: Traceable,
     out_shape: Any,
     example: Callable[[], list[torch.Tensor] | None],
     reason: str,
     cause: Exception,
 ) -> Trace:
-    """Shapes of a callable that fake tensors cannot go through."""
+    """What is known of a callable that fake tensors cannot go through: it may do whatever values make it do."""
+    anything = Trace(
+        *declared(() if out_shape is None else out_shape),
+        mutated=frozenset(range(len(traced.specs))),
+        state=traced.state_operands,
+        fused_kernels=kernels.ALL,
+        operations=math.inf,
+        random=traced.has_key,
+        fakeable=False,
+    )
     if out_shape is not None:
-        treedef, leaves = declared(out_shape)
-        return Trace(treedef, leaves, frozenset(range(len(operand_specs))), kernels.ALL, math.inf, fakeable=False)
+        return anything
     operands = example()
     if operands is None and not _depends_on_values(cause):
-        operands = [torch.zeros(s, dtype=d) for s, d in operand_specs]  # shapes alone decide what it does
+        operands = [torch.zeros(s, dtype=d) for s, d in traced.specs]  # shapes alone decide what it does
     if operands is None:
         raise TorchCallError(
-            f"{name} {reason}, so the shapes of its outputs cannot be inferred without values.\n"
+            f"{traced.name} {reason}, so the shapes of its outputs cannot be inferred without values.\n"
             "Pass `out_shape=` (a pytree of jax.ShapeDtypeStruct like the output), or `example_args=` "
             "(arguments to run it on once), or call it once outside jit, grad and vmap."
         ) from cause
     try:
         with torch.no_grad(), kernels.differentiable_path(), kernels.plain_kernels(frozenset({kernels.COMPILED})):
-            found = _observe(function, operands, name, operand_names)
+            found = _observe(traced, operands)
     except TorchCallError:
         raise
     except Exception as exc:
         raise TorchCallError(
-            f"{name} {reason}, and running it on example values failed.\ntorch said: {quote(exc)}\n"
+            f"{traced.name} {reason}, and running it on example values failed.\ntorch said: {quote(exc)}\n"
             "Pass `out_shape=` (a pytree of jax.ShapeDtypeStruct like the output)."
         ) from exc
-    return replace(found, mutated=frozenset(range(len(operand_specs))), fakeable=False)
+    return replace(anything, treedef=found.treedef, leaves=found.leaves, operations=found.operations)
 
 
 def _depends_on_values(exc: Exception) -> bool:
@@ -127,28 +143,54 @@ def _why_not_fakeable(exc: Exception) -> str | None:
         return f"uses an op without a shape rule ({exc})"
     if isinstance(exc, RuntimeError) and ".numpy() is not supported for tensor subclasses" in str(exc):
         return "leaves torch with `.numpy()`"
+    if isinstance(exc, RuntimeError) and "its data is not allocated yet" in str(exc):
+        return "reads or writes memory past torch's dispatcher, as some C++ kernels do (`pad_packed_sequence`)"
     return None
 
 
-def _observe(
-    function: Callable[..., Any], operands: list[torch.Tensor], name: str, operand_names: Sequence[str]
-) -> Trace:
+def _observe(traced: Traceable, operands: list[torch.Tensor]) -> Trace:
     """Run once, watching for writes into operands, random ops and tensors that stay behind. Empties `operands`."""
+    name = traced.name
     storages = [StorageWeakRef(x.untyped_storage()) for x in operands]
-    observer = _Observer(name, storages)
+    observer = _Observer(name, storages, has_key=traced.has_key)
     with observer:
-        treedef, leaves = _describe(function(*operands), name)
+        output, after = traced.function(*operands)
+        treedef, leaves = _describe(output, name)
+        state = {i: x for i, x in zip(traced.state_operands, after, strict=True) if x is not operands[i]}
+        _check_state(traced, state)
+    changed = tuple(i for i in traced.state_operands if i in state or i in observer.mutated)
+    del output, after, state
     operands.clear()
     if not all(s.expired() for s in storages):
         gc.collect()  # reference cycles are not escapes
-    escaped = [n for n, s in zip(operand_names, storages, strict=True) if not s.expired()]
+    escaped = [n for n, s in zip(traced.operand_names, storages, strict=True) if not s.expired()]
     if escaped:
         raise TorchCallError(
             f"{name} keeps argument {', '.join(escaped)} (or a view of it) after it returns: a closure, a global, a "
             "hook or an attribute still holds the tensor, whose memory belongs to XLA and is reused at once. Return "
             "the tensor as an output, or store `tensor.clone()`."
         )
-    return Trace(treedef, leaves, frozenset(observer.mutated), frozenset(observer.fused_kernels), observer.operations)
+    return Trace(
+        treedef,
+        leaves,
+        mutated=frozenset(observer.mutated),
+        state=changed,
+        fused_kernels=frozenset(observer.fused_kernels),
+        operations=observer.operations,
+        random=observer.random,
+    )
+
+
+def _check_state(traced: Traceable, state: dict[int, Any]) -> None:
+    """A value that takes the place of another must be like it: programs and loops are compiled for one shape."""
+    for i, value in state.items():
+        shape, dtype = traced.specs[i]
+        if not isinstance(value, torch.Tensor) or (tuple(value.shape), value.dtype) != (shape, dtype):
+            given = signature_text(["it"], [(value.shape, value.dtype)]) if isinstance(value, torch.Tensor) else value
+            raise StateError(
+                f"{traced.name} replaces `{traced.operand_names[i]}` ({dtype}{list(shape)}) by {given}: state must "
+                "keep its shape and dtype. Allocate a buffer of the final size, and write into it."
+            )
 
 
 def _describe(output: Any, name: str) -> tuple[Any, tuple[Any, ...]]:
@@ -169,8 +211,7 @@ def _describe(output: Any, name: str) -> tuple[Any, tuple[Any, ...]]:
             raise TorchCallError(
                 f"{name} returns a {type(leaf).__module__}.{type(leaf).__qualname__} at output{path}: neither a "
                 "tensor, nor a pytree of tensors, nor a static value (None, bool, number, str, dtype). Return its "
-                "tensors, or register its class with jax.tree_util.register_pytree_node, or switch it off with an "
-                "argument (in transformers, use_cache=False)."
+                "tensors, or register its class with jax.tree_util.register_pytree_node."
             )
     return treedef, tuple(described)
 
@@ -201,32 +242,41 @@ def _render(treedef: Any, leaves: Sequence[Any]) -> str:
     return str(jax.tree.unflatten(treedef, [short(leaf) for leaf in leaves]))
 
 
+_STATISTICS = ("running_mean", "running_var")
+
+
+def _updates_statistics(op: Any, arguments: dict[str, Any]) -> bool:
+    """Whether a batch norm writes into its running statistics, which most of its variants do not declare."""
+    in_training = arguments.get("training", arguments.get("train", True))
+    return in_training and not any(mark in op.name() for mark in ("backward", "functional", "_no_"))
+
+
 class _Observer(TorchDispatchMode):
     """Sees every op with its schema: which operands it writes into, whether it is random."""
 
-    def __init__(self, name: str, storages: Sequence[StorageWeakRef]):
+    def __init__(self, name: str, storages: Sequence[StorageWeakRef], *, has_key: bool):
         super().__init__()
         self.name = name
         self.mutated: set[int] = set()
         self.fused_kernels: set[str] = set()
         self.operations = 0.0
+        self.random = False
+        self._has_key = has_key
         self._fake = active_fake_mode() is not None  # then what the callable makes is fake, and only that
         self._operand_of = {s.cdata: i for i, s in enumerate(storages)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        declared = func._schema.arguments
-        arguments = {a.name: a.default_value for a in declared if a.has_default_value()}
-        arguments |= dict(zip((a.name for a in declared), args, strict=False)) | kwargs
+        arguments = bound(func, args, kwargs)
         self.fused_kernels |= kernels.fused_kernels(func.name(), arguments)
-        if torch.Tag.nondeterministic_seeded in func.tags and _draws(arguments):
-            raise RandomnessError(
-                f"{self.name} draws random numbers ({func}), which JAX could neither seed nor reproduce. Random ops "
-                "are not supported yet: switch dropout off (eqx.nn.inference_mode(model), or module.eval() before "
-                "wrapping), or draw the numbers with jax.random and pass them in."
-            )
-        for argument in declared:
-            if argument.alias_info is not None and argument.alias_info.is_write:
+        if draws(func, arguments):
+            if not self._has_key:
+                raise refuse(self.name, func)
+            self.random = True
+        for argument in func._schema.arguments:
+            if (argument.alias_info is not None and argument.alias_info.is_write) or (
+                argument.name in _STATISTICS and _updates_statistics(func, arguments)
+            ):
                 self._note_write(arguments.get(argument.name))
         output = func(*args, **kwargs)
         self.operations += operations(func, args, kwargs, output)
@@ -245,10 +295,3 @@ class _Observer(TorchDispatchMode):
                         "new value.",
                         tensor,
                     )
-
-
-def _draws(arguments: dict[str, Any]) -> bool:
-    """Whether an op tagged random draws anything with these arguments: dropout of zero or in eval does not."""
-    off = [arguments.get(n) == 0 for n in ("p", "dropout", "dropout_p") if n in arguments]
-    off += [arguments.get(n) is False for n in ("train", "training") if n in arguments]
-    return not any(off)

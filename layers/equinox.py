@@ -9,16 +9,31 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from ..interop.call import Residuals, VmapMethod
+from ..interop.errors import StateError
 from .functional_module import FunctionalModule
 
+_REMEDY = (
+    "Make the model with `model, state = eqx.nn.make_with_state(...)(...)` and call it with `state=state`, which gives "
+    "`(output, state)`; or use evaluation mode (`eqx.nn.inference_mode(model)`, or `module.eval()` before wrapping), "
+    "in which layers like BatchNorm do not update."
+)
 
-class TorchModule(eqx.Module):
+
+class TorchModule(eqx.nn.StatefulLayer):
     """A `torch.nn.Module` as an Equinox module, whose leaves are torch's parameters viewed as JAX arrays.
 
     ```python
     encoder = torchleaf.TorchModule(torch.nn.Linear(3, 4))
     y = jax.vmap(encoder)(x)                      # x: f32[64, 3]
     grads = eqx.filter_grad(loss)(encoder, x, y)  # an encoder with gradients for leaves
+    ```
+
+    A module whose forward changes buffers (BatchNorm in training) keeps them as Equinox's stateful layers do, in an
+    `eqx.nn.State`; one that draws random numbers (Dropout in training) is given a `key`:
+
+    ```python
+    model, state = eqx.nn.make_with_state(torchleaf.TorchModule)(torch.nn.Sequential(norm, dropout))
+    y, state = model(x, state=state, key=key)
     ```
 
     It is a pytree like every Equinox module: `eqx.filter_jit`, `filter_grad`, `filter_vmap`, `partition`, `tree_at`,
@@ -29,13 +44,15 @@ class TorchModule(eqx.Module):
 
     - `params`: torch parameter name to array, those with `requires_grad`;
     - `frozen`: likewise, those without; no gradient flows to them;
-    - `buffers`: likewise, torch's buffers; no gradient flows to them;
+    - `buffers`: likewise, torch's buffers, until `eqx.nn.make_with_state` takes them into the state; no gradient flows
+      to them;
+    - `buffer_index`: where the state holds them: `state.get(model.buffer_index)`; None if there are none;
     - `inference`: whether the module runs in torch's evaluation mode.
     """
 
     params: dict[str, Array]
     frozen: dict[str, Array]
-    buffers: dict[str, Array]
+    buffer_index: eqx.nn.StateIndex[dict[str, Array]] | None
     inference: bool
     module: FunctionalModule = eqx.field(static=True, repr=False)
 
@@ -60,35 +77,98 @@ class TorchModule(eqx.Module):
         **Raises:** `TypeError` for lazy, scripted and float64 (without x64) modules, and those that cannot be copied.
         """
         self.module = FunctionalModule(
-            module, vmap_method=vmap_method, residuals=residuals, forward_mode=forward_mode, out_shape=out_shape
+            module,
+            remedy=_REMEDY,
+            vmap_method=vmap_method,
+            residuals=residuals,
+            forward_mode=forward_mode,
+            out_shape=out_shape,
         )
         leaves = self.module.leaves(module, copy=copy)
-        self.params, self.frozen, self.buffers = leaves["params"], leaves["frozen"], leaves["buffers"]
+        self.params, self.frozen = leaves["params"], leaves["frozen"]
+        self.buffer_index = eqx.nn.StateIndex(leaves["buffers"]) if leaves["buffers"] else None
         self.inference = not module.training
 
-    def __call__(self, *args: Any, key: Any = None, **kwargs: Any) -> Any:
+    @property
+    def buffers(self) -> dict[str, Any]:
+        """torch's buffers; `AttributeError` if an `eqx.nn.State` holds them."""
+        if self.is_stateful():
+            raise AttributeError(
+                f"the buffers of this TorchModule ({self.module.name}) are in the eqx.nn.State that make_with_state "
+                "returned: `state.get(model.buffer_index)`."
+            )
+        return {} if self.buffer_index is None else self.buffer_index.init  # pyright: ignore[reportReturnType]
+
+    def is_stateful(self) -> bool:
+        """Whether an `eqx.nn.State` holds the buffers, so that calls need it."""
+        return self.buffer_index is not None and not isinstance(self.buffer_index.init, dict)
+
+    def __call__(self, *args: Any, key: Any = None, state: Any = None, **kwargs: Any) -> Any:
         """Run `forward`.
 
-        **Arguments:** those of the torch module's `forward`: pytrees with `jax.Array` leaves for tensors, and static
-        values. `key` is accepted for compatibility with `eqx.nn.Sequential`; deterministic modules do not use it.
+        **Arguments:**
 
-        **Returns:** what `forward` returns, with `jax.Array`s for tensors.
+        - those of the torch module's `forward`: pytrees with `jax.Array` leaves for tensors, and static values;
+        - `key`: a JAX PRNG key, typed or raw, for modules that draw random numbers: the same key, the same numbers;
+        - `state`: the `eqx.nn.State`, by this name or as the last positional argument, if the model was made by
+          `eqx.nn.make_with_state`.
 
-        **Raises:** `torchleaf.StateError` if the forward changes buffers, `torchleaf.RandomnessError` if it draws
-        random numbers, `torchleaf.TorchCallError` with torch's message if it fails.
+        A `forward` that has a parameter named `key` or `state` itself gets what is no PRNG key or `eqx.nn.State`.
+
+        **Returns:** what `forward` returns, with `jax.Array`s for tensors; with `state`, a tuple of that and the new
+        state.
+
+        **Raises:** `torchleaf.StateError` if the forward changes buffers and there is no state,
+        `torchleaf.RandomnessError` if it draws random numbers and there is no key, `torchleaf.TorchCallError` with
+        torch's message if it fails.
         """
-        return self.call("forward", *args, key=key, **kwargs)
+        return self.call("forward", *args, key=key, state=state, **kwargs)
 
-    def call(self, method: str, /, *args: Any, key: Any = None, **kwargs: Any) -> Any:
+    def call(self, method: str, /, *args: Any, key: Any = None, state: Any = None, **kwargs: Any) -> Any:
         """Run another method of the torch module, e.g. `model.call("encode", x)`, as `__call__` runs `forward`."""
-        del key
         if isinstance(self.inference, Tracer):
             raise TypeError(
                 f"{self.module.name}: `inference` is traced; a flag that chooses code must be static. Use "
                 "eqx.filter_jit (filter_grad, ...) instead of jax.jit, or eqx.partition the model by eqx.is_array."
             )
-        constants = jax.tree.map(_stop_gradient, {**self.frozen, **self.buffers})
-        return self.module.function(method, bool(self.inference))({**self.params, **constants}, *args, **kwargs)
+        if args and isinstance(args[-1], eqx.nn.State):
+            args, state = args[:-1], args[-1]
+        elif state is not None and not isinstance(state, eqx.nn.State):
+            kwargs, state = {**kwargs, "state": state}, None
+        buffers = self.buffers_in(state)
+        constants = jax.tree.map(_stop_gradient, {**self.frozen, **buffers})
+        function = self.module.function(method, bool(self.inference))
+        weights = {**self.params, **constants}
+        output, changed = function.call(weights, args, kwargs, key=key, stateful=state is not None)
+        if state is None:
+            return output
+        return output, self.with_buffers(state, changed)
+
+    def buffers_in(self, state: eqx.nn.State | None) -> dict[str, Any]:
+        """torch's buffers, from where they are: the state, or else the model.
+
+        **Raises:** `torchleaf.StateError` if the state is missing, or is not of this model.
+        """
+        if state is None and self.is_stateful():
+            raise StateError(
+                f"{self.module.name}: the buffers are in the eqx.nn.State that make_with_state returned. Pass it: "
+                "`output, state = model(x, state=state)`."
+            )
+        if state is None or self.buffer_index is None:
+            return self.buffers
+        try:
+            return state.get(self.buffer_index)
+        except KeyError:
+            raise StateError(
+                f"{self.module.name}: `state` holds no buffers of this model. Make both together: "
+                "`model, state = eqx.nn.make_with_state(...)(...)`."
+            ) from None
+
+    def with_buffers(self, state: eqx.nn.State, changed: dict[str, Any]) -> eqx.nn.State:
+        """A state in which some of torch's buffers, by name, have new values."""
+        if self.buffer_index is None or not changed:
+            return state
+        return state.set(self.buffer_index, {**state.get(self.buffer_index), **changed})
 
 
 def _stop_gradient(x: Any) -> Any:

@@ -19,9 +19,9 @@ class Skeleton:
     def __init__(self, module: torch.nn.Module, weights: Sequence[torch.Tensor]):
         self.module, self._weights = module, weights
         index = {id(w): i for i, w in enumerate(weights)}
-        self._places: list[tuple[int, dict[str, Any], str, str]] = [
-            (index[id(tensor)], namespace, name, f"{path}.{name}" if path else name)
-            for path, submodule in module.named_modules()
+        self._places: list[tuple[int, dict[str, Any], str]] = [
+            (index[id(tensor)], namespace, name)
+            for submodule in module.modules()
             for namespace in (submodule._parameters, submodule._buffers)
             for name, tensor in namespace.items()
             if tensor is not None
@@ -29,15 +29,16 @@ class Skeleton:
 
     def load(self, tensors: Sequence[torch.Tensor]) -> None:
         """Put tensors in the places of the weights."""
-        for i, namespace, name, _ in self._places:
+        for i, namespace, name in self._places:
             namespace[name] = tensors[i]
 
-    def unload(self, tensors: Sequence[torch.Tensor]) -> str | None:
-        """Take the tensors out; the name of one that the forward replaced by another, if any."""
-        replaced = None
-        for i, namespace, name, path in self._places:
-            if namespace.get(name) is not tensors[i]:
-                replaced = path
+    def unload(self, tensors: Sequence[torch.Tensor]) -> dict[int, Any]:
+        """Take the tensors out; what the forward put in the places of others, by number of the weight."""
+        replaced: dict[int, Any] = {}
+        for i, namespace, name in self._places:
+            found = namespace.get(name)
+            if found is not tensors[i]:
+                replaced[i] = found
             namespace[name] = self._weights[i]
         return replaced
 

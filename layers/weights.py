@@ -1,7 +1,7 @@
 """Weights in torch's terms: state dicts, plain torch modules, stacked ensembles, what an optimizer trains."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import equinox as eqx
 import jax
@@ -37,10 +37,13 @@ def trainable(model: PyTree) -> PyTree:
     return jax.tree.map(spec, model, is_leaf=_is_torch_module)
 
 
-def state_dict(model: TorchModule) -> dict[str, torch.Tensor]:
+def state_dict(model: TorchModule, state: eqx.nn.State | None = None) -> dict[str, torch.Tensor]:
     """The current weights as a torch state dict, ready for `torch.save` and `module.load_state_dict`.
 
-    **Arguments:** `model`: a `TorchModule`.
+    **Arguments:**
+
+    - `model`: a `TorchModule`.
+    - `state`: the `eqx.nn.State` with its buffers, if it was made by `eqx.nn.make_with_state`.
 
     **Returns:** torch name to tensor, in torch's order and dtypes; tied weights under each of their names. The tensors
     are views of the leaves (64-bit dtypes excepted, without x64): do not write into them.
@@ -48,20 +51,39 @@ def state_dict(model: TorchModule) -> dict[str, torch.Tensor]:
     **Raises:** `TypeError` if `model` is no `TorchModule` or is being traced.
     """
     _check_model("state_dict", model)
-    tensors = _tensors(model, copy=False)
+    tensors = _tensors(model, state, copy=False)
     return {name: tensors[leaf] for name, leaf in model.module.state_names().items()}
 
 
-def load_state_dict(model: TorchModule, state_dict: Mapping[str, torch.Tensor], *, copy: bool = False) -> TorchModule:
+@overload
+def load_state_dict(
+    model: TorchModule, state_dict: Mapping[str, torch.Tensor], state: None = None, *, copy: bool = False
+) -> TorchModule: ...
+
+
+@overload
+def load_state_dict(
+    model: TorchModule, state_dict: Mapping[str, torch.Tensor], state: eqx.nn.State, *, copy: bool = False
+) -> tuple[TorchModule, eqx.nn.State]: ...
+
+
+def load_state_dict(
+    model: TorchModule,
+    state_dict: Mapping[str, torch.Tensor],
+    state: eqx.nn.State | None = None,
+    *,
+    copy: bool = False,
+) -> TorchModule | tuple[TorchModule, eqx.nn.State]:
     """A new model with the weights of a torch state dict.
 
     **Arguments:**
 
     - `model`: a `TorchModule`; it stays as it is.
     - `state_dict`: torch name to tensor, as `module.state_dict()` gives it. Values are cast to each weight's dtype.
+    - `state`: the `eqx.nn.State` with the model's buffers, if it was made by `eqx.nn.make_with_state`.
     - `copy`: copy the tensors; otherwise leaves are views of them where dtype and layout allow.
 
-    **Returns:** a `TorchModule`.
+    **Returns:** a `TorchModule`; with `state`, a tuple of it and the new state.
 
     **Raises:** `KeyError` naming missing and unexpected entries; `ValueError` naming an entry of another shape.
     """
@@ -81,17 +103,24 @@ def load_state_dict(model: TorchModule, state_dict: Mapping[str, torch.Tensor], 
                 f"load_state_dict: {name!r} has shape {tuple(tensor.shape)}, but {model.module.name} has {spec.shape}."
             )
         loaded[leaf] = tensor_to_jax(tensor.detach().to(spec.dtype), copy=copy, name=name)
-    kinds = (model.params, model.frozen, model.buffers)
-    replaced = tuple({name: loaded.get(name, leaf) for name, leaf in kind.items()} for kind in kinds)
-    return eqx.tree_at(lambda m: (m.params, m.frozen, m.buffers), model, replaced)
+
+    def replaced(weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {name: loaded.get(name, leaf) for name, leaf in weights.items()}
+
+    buffers = replaced(model.buffers_in(state))
+    model = eqx.tree_at(lambda m: (m.params, m.frozen), model, (replaced(model.params), replaced(model.frozen)))
+    if state is not None:
+        return model, model.with_buffers(state, buffers)
+    return eqx.tree_at(lambda m: m.buffers, model, buffers)
 
 
-def to_torch_module(model: TorchModule, *, copy: bool = True) -> torch.nn.Module:
+def to_torch_module(model: TorchModule, state: eqx.nn.State | None = None, *, copy: bool = True) -> torch.nn.Module:
     """A plain `torch.nn.Module` carrying the current weights, independent of JAX.
 
     **Arguments:**
 
     - `model`: a `TorchModule`.
+    - `state`: the `eqx.nn.State` with its buffers, if it was made by `eqx.nn.make_with_state`.
     - `copy`: with False the parameters are views of the leaves, and training the torch module writes into JAX's
       arrays; only for modules that are not updated in place.
 
@@ -99,7 +128,7 @@ def to_torch_module(model: TorchModule, *, copy: bool = True) -> torch.nn.Module
     `model.inference`.
     """
     _check_model("to_torch_module", model)
-    return model.module.with_weights(_tensors(model, copy=copy), training=not model.inference)
+    return model.module.with_weights(_tensors(model, state, copy=copy), training=not model.inference)
 
 
 def stack(models: Sequence[Model]) -> Model:
@@ -148,8 +177,8 @@ def _stack_leaf(column: Sequence[Any]) -> Any:
     return first
 
 
-def _tensors(model: TorchModule, *, copy: bool) -> dict[str, torch.Tensor]:
-    weights = {**model.params, **model.frozen, **model.buffers}
+def _tensors(model: TorchModule, state: eqx.nn.State | None, *, copy: bool) -> dict[str, torch.Tensor]:
+    weights = {**model.params, **model.frozen, **model.buffers_in(state)}
     return {
         name: array_to_torch(leaf, copy=copy, name=name).to(model.module.specs[name].dtype)
         for name, leaf in weights.items()

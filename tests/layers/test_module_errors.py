@@ -219,14 +219,28 @@ class _Dict(_Stateful):
 @pytest.mark.parametrize(
     ("module", "what"),
     [
-        (lambda: nn.BatchNorm1d(3), "BatchNorm1d changes buffer `num_batches_tracked`"),
+        (lambda: nn.BatchNorm1d(3), "BatchNorm1d changes buffer `num_batches_tracked`, `running_mean`, `running_var`"),
         (
             lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 2)),
             r"ParametrizedLinear changes buffer `parametrizations\.weight\.0\._u`",
         ),
-        (lambda: Counting(3), "Counting changes attribute `calls`"),
         (_BufferInPlace, "_BufferInPlace changes buffer `total`"),
         (_BufferReassigned, "_BufferReassigned changes buffer `total`"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_changes_of_buffers_without_state_are_refused(jit, module, what):
+    model = TorchModule(module())
+    for _ in range(2):  # the first refusal leaves nothing behind
+        with pytest.raises(StateError, match=rf"{what}.*make_with_state.*eqx\.nn\.inference_mode"):
+            jit(lambda m, x: m(x))(model, X)
+
+
+@eager_and_filter_jit
+@pytest.mark.parametrize(
+    ("module", "what"),
+    [
+        (lambda: Counting(3), "Counting changes attribute `calls`"),
         (_CounterOfChild, r"_CounterOfChild changes attribute `child\.calls`"),
         (_PlainTensorReassigned, "_PlainTensorReassigned changes attribute `hidden`"),
         (_PlainTensorInPlace, "_PlainTensorInPlace changes attribute `hidden`"),
@@ -236,30 +250,30 @@ class _Dict(_Stateful):
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_state_is_refused(jit, module, what):
-    model = TorchModule(module())
-    for _ in range(2):  # the first refusal leaves nothing behind
-        with pytest.raises(StateError, match=rf"{what}.*not supported yet: .*eqx\.nn\.inference_mode"):
-            jit(lambda m, x: m(x))(model, X)
+def test_changes_of_attributes_are_refused(jit, module, what):
+    model, state = eqx.nn.make_with_state(TorchModule)(module())
+    for _ in range(2):
+        with pytest.raises(StateError, match=rf"{what}.*Make it a buffer"):
+            jit(lambda m, s, x: m(x, state=s))(model, state, X)
 
 
 @eager_and_filter_jit
 @pytest.mark.parametrize(
-    "module",
+    ("module", "where"),
     [
-        lambda: nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)),
-        lambda: nn.TransformerEncoderLayer(3, 1, 4),
-        lambda: nn.RReLU(),
-        lambda: nn.LSTM(3, 2, num_layers=2, dropout=0.5),
+        (lambda: nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)), r"bernoulli.*drawn in submodule `1` \(Dropout\)"),
+        (lambda: nn.TransformerEncoderLayer(3, 1, 4), r"bernoulli.*drawn in submodule `self_attn` \(Multihead"),
+        (lambda: nn.RReLU(), "rrelu"),
+        (lambda: nn.LSTM(3, 2, num_layers=2, dropout=0.5), "bernoulli"),
     ],
     ids=["Dropout", "TransformerEncoderLayer", "RReLU", "LSTM"],
 )
-def test_randomness_is_refused_in_training_and_absent_in_inference(jit, module):
+def test_randomness_without_a_key_is_refused_in_training_and_absent_in_inference(jit, module, where):
     model = TorchModule(module())
-    with pytest.raises(
-        RandomnessError, match=rf"{model.module.name} draws random numbers.*inference_mode.*jax\.random"
-    ):
+    with pytest.raises(RandomnessError, match=rf"{model.module.name} draws random numbers \(aten\.{where}") as error:
         jit(lambda m, x: m(x))(model, X)
+    assert "`key=`" in str(error.value)
+    assert "evaluation mode" in str(error.value)
     output = jit(lambda m, x: m(x))(eqx.nn.inference_mode(model), X)
     assert jnp.all(jnp.isfinite(jax.tree.leaves(output)[0]))
 

@@ -1,0 +1,252 @@
+"""Random numbers: a JAX key in, torch's random ops drawing from it and from nothing else.
+
+A call that draws gets one more operand, the words of its key. While it runs, every random op draws from a generator of
+the call's own, seeded by them; torch's global generators are neither read nor moved. So the numbers follow from the key
+alone: the forward that is run again, eagerly, compiled or in another thread, draws the same.
+
+Under `torch.func.vmap` an op draws for the whole batch; here it draws for each example from that example's own
+generator, so that `vmap(f)(xs, keys)[i]` is `f(xs[i], keys[i])`, as for every JAX function.
+
+Source: [JAX PRNG design](https://docs.jax.dev/en/latest/jep/9263-typed-keys.html),
+[torch.Generator](https://docs.pytorch.org/docs/stable/generated/torch.Generator.html).
+"""
+
+import functools
+import hashlib
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch._functorch import pyfunctorch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .errors import RandomnessError
+
+_functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+
+_IN_PLACE = {"bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "normal_", "random_", "uniform_"}
+_LIKE_AN_ARGUMENT = {"_standard_gamma", "bernoulli", "binomial", "native_dropout", "normal", "poisson"}
+_OF_A_SIZE = {"rand", "rand_like", "randint", "randint_like", "randn", "randn_like"}
+_EXAMPLE_BY_EXAMPLE = _IN_PLACE | _LIKE_AN_ARGUMENT | _OF_A_SIZE
+"""Ops to which `torch.func.vmap` gives the batch as leading axes."""
+
+
+# --- the JAX side --------------------------------------------------------------------------------
+
+
+def is_key(value: Any) -> bool:
+    """Whether a value is a typed JAX PRNG key."""
+    return isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+
+
+def key_operand(key: Any, name: str) -> jax.Array:
+    """The words of one PRNG key, typed or raw: uint32[n].
+
+    Raises `TypeError` for anything else.
+    """
+    if is_key(key):
+        words = jax.random.key_data(key)
+        shape = key.shape
+    else:
+        words, shape = key, getattr(key, "shape", (None,))[:-1]
+    if getattr(words, "dtype", None) != jnp.uint32 or getattr(words, "ndim", 0) == 0:
+        given = f"{words.dtype}{list(words.shape)}" if hasattr(words, "dtype") else type(key).__name__
+        raise TypeError(
+            f"{name}: key must be a JAX PRNG key (jax.random.key(0) or jax.random.PRNGKey(0)), got {given}."
+        )
+    if shape:
+        raise TypeError(
+            f"{name}: key must be one PRNG key, got an array of keys of shape {tuple(shape)}. Give each example its "
+            "own by jax.vmap over the keys, or use one of them."
+        )
+    return jnp.asarray(words)
+
+
+# --- the torch side ------------------------------------------------------------------------------
+
+
+def draws(op: Any, arguments: dict[str, Any]) -> bool:
+    """Whether an aten op draws random numbers with these arguments: dropout of zero or in evaluation does not."""
+    if torch.Tag.nondeterministic_seeded not in op.tags:
+        return False
+    off = [arguments.get(n) == 0 for n in ("p", "dropout", "dropout_p") if n in arguments]
+    off += [arguments.get(n) is False for n in ("train", "training") if n in arguments]
+    return not any(off)
+
+
+def refuse(name: str, op: Any) -> RandomnessError:
+    """The error for a random op without a key."""
+    return RandomnessError(
+        f"{name} draws random numbers ({op}) but was given no key. Pass `key=` a JAX PRNG key (under vmap one for each "
+        "example: jax.random.split(key, n)), or switch it off (dropout: by the module's evaluation mode)."
+    )
+
+
+class WithoutKey(TorchDispatchMode):
+    """Within it, drawing random numbers is an error."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self._name = name
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if draws(func, bound(func, args, kwargs)):
+            raise refuse(self._name, func)
+        return func(*args, **kwargs)
+
+
+class WithKey(TorchDispatchMode):
+    """Within it, random ops draw from a key, given by its words: uint32[n], under `torch.func.vmap` one per example."""
+
+    def __init__(self, key: torch.Tensor):
+        super().__init__()
+        self._batch, words = _examples(key)
+        self._is_fake = words is None
+        self._generators = [_Generators(_seed(row)) for row in words or ()]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags or not draws(func, bound(func, args, kwargs)):
+            return func(*args, **kwargs)
+        rows = list(self._rows(func, args, kwargs)) if self._batch else [(args, kwargs)]
+        if self._is_fake:
+            return func(*args, **kwargs)
+        outs = [_draw(g, func, *row) for g, row in zip(self._generators, rows, strict=True)]
+        if not self._batch:
+            return outs[0]
+        return args[0] if _is_in_place(func) else self._join(outs)
+
+    def _rows(self, func: Any, args: Any, kwargs: Any) -> Iterator[tuple[list[Any], dict[str, Any]]]:
+        """The arguments of each example."""
+        n = len(self._batch)
+        names = [a.name for a in func._schema.arguments]
+        values = [*zip(names, args, strict=False), *kwargs.items()]
+        shapes = [tuple(v.shape) if isinstance(v, torch.Tensor) else tuple(v) for k, v in values if _is_batched(k, v)]
+        if func.overloadpacket.__name__ not in _EXAMPLE_BY_EXAMPLE or any(s[:n] != self._batch for s in shapes):
+            raise RuntimeError(f"{func} cannot draw for each example of a batch at once")
+
+        def row(name: str, value: Any, index: tuple[int, ...]) -> Any:
+            if not _is_batched(name, value):
+                return value
+            return value[index] if isinstance(value, torch.Tensor) else value[n:]
+
+        for index in np.ndindex(*self._batch):
+            yield (
+                [row(k, v, index) for k, v in zip(names, args, strict=False)],
+                {k: row(k, v, index) for k, v in kwargs.items()},
+            )
+
+    def _join(self, outs: Sequence[Any]) -> Any:
+        if isinstance(outs[0], tuple):
+            return tuple(self._join(column) for column in zip(*outs, strict=True))
+        return torch.stack(list(outs)).unflatten(0, self._batch)
+
+
+def bound(op: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of an aten op by name."""
+    declared = op._schema.arguments
+    defaults = {a.name: a.default_value for a in declared if a.has_default_value()}
+    return defaults | dict(zip((a.name for a in declared), args, strict=False)) | kwargs
+
+
+def _is_batched(name: str, value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or name == "size"
+
+
+def _examples(key: torch.Tensor) -> tuple[tuple[int, ...], list[list[int]] | None]:
+    """The sizes of the enclosing `torch.func.vmap`s, outermost first, and the words of each example's key.
+
+    On fake tensors there are no words. Axes that are no vmap's (a natively batched call) are words too.
+    """
+    interpreters = pyfunctorch.retrieve_all_functorch_interpreters()
+    levels = [(i.level(), i.batch_size()) for i in interpreters if isinstance(i, pyfunctorch.VmapInterpreter)]
+    axes: dict[int, int] = {}
+    while _functorch.is_batchedtensor(key):
+        axes[_functorch.maybe_get_level(key)] = _functorch.maybe_get_bdim(key)
+        key = _functorch.get_unwrapped(key)
+    batch = tuple(size for _, size in sorted(levels))
+    if isinstance(key, FakeTensor):
+        return batch, None
+    with pyfunctorch.temporarily_clear_interpreter_stack():
+        for i, (level, _) in enumerate(sorted(levels)):  # an axis is counted among those of inner levels
+            key = key.movedim(axes[level] + i, i) if level in axes else key.unsqueeze(i)
+        key = key.expand(*batch, *key.shape[len(batch) :])
+        return batch, key.reshape(math.prod(batch), -1).tolist()
+
+
+def _seed(words: Sequence[int]) -> int:
+    """64 bits of all words of a key: a seed of torch's CPU generator is cut to 32, and split keys differ in any."""
+    return int.from_bytes(hashlib.blake2b(np.array(words, np.uint32).tobytes(), digest_size=8).digest(), "little")
+
+
+class _Generators:
+    """The generators of one key, one for each kind of device."""
+
+    def __init__(self, seed: int):
+        self._seed = seed
+        self._made: dict[torch.device, torch.Generator] = {}
+
+    def on(self, device: torch.device) -> torch.Generator:
+        """The generator for a device."""
+        if device not in self._made:
+            self._made[device] = torch.Generator(device).manual_seed(self._seed)
+        return self._made[device]
+
+
+def _draw(generators: _Generators, func: Any, args: Any, kwargs: Any) -> Any:
+    """Run a random op with one's own generator, on contiguous memory: layouts would change the order of the numbers."""
+    generator = generators.on(_device(args, kwargs))
+    given = [x.contiguous() if isinstance(x, torch.Tensor) else x for x in args]
+    drawn = _with_generator(generator, func, given, kwargs)
+    for written, x in zip(args, given, strict=True):
+        if func._schema.is_mutable and x is not written:
+            written.copy_(x)
+    return args[0] if _is_in_place(func) else drawn
+
+
+def _is_in_place(func: Any) -> bool:
+    written = func._schema.arguments[0].alias_info
+    return written is not None and written.is_write
+
+
+def _device(args: Any, kwargs: Any) -> torch.device:
+    tensor = next((x for x in args if isinstance(x, torch.Tensor)), None)
+    device = kwargs.get("device") if tensor is None else tensor.device
+    return torch.device(device or "cpu")
+
+
+def _with_generator(generator: torch.Generator, func: Any, args: Any, kwargs: Any) -> Any:
+    seeded = _seeded(func)
+    if seeded is not None:
+        return seeded(*args, **{**kwargs, "generator": generator})
+    with _default_lock:
+        default = _default_generator(generator.device)
+        before = default.get_state()
+        default.set_state(generator.get_state())
+        try:
+            return func(*args, **kwargs)
+        finally:
+            generator.set_state(default.get_state())
+            default.set_state(before)
+
+
+_default_lock = threading.Lock()
+
+
+def _default_generator(device: torch.device) -> torch.Generator:
+    return torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index or 0]
+
+
+@functools.cache
+def _seeded(func: Any) -> Any:
+    """The overload of a random op that takes a generator, if it has one."""
+    arguments = {(a.name, str(a.type)) for a in func._schema.arguments} | {("generator", "Optional[Generator]")}
+    overloads = (getattr(func.overloadpacket, name) for name in func.overloadpacket.overloads())
+    return next((o for o in overloads if {(a.name, str(a.type)) for a in o._schema.arguments} == arguments), None)

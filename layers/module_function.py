@@ -1,0 +1,200 @@
+"""A method of a torch module as a JAX function of weights and arguments, and the changes of state it makes."""
+
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import jax
+import torch
+
+from ..interop import dtypes
+from ..interop.arguments import Arguments, Filler
+from ..interop.call import Aval
+from ..interop.errors import CapturedWriteError, RandomnessError, StateError, TorchCallError
+from ..interop.function import TorchFunction
+from ..interop.trace import Flat, Trace
+from .attributes import attribute_changes, attribute_values, put_back, stray_tensors
+from .skeleton import Skeleton, SkeletonPool
+
+if TYPE_CHECKING:
+    from .functional_module import FunctionalModule
+
+Weights = Mapping[str, torch.Tensor]
+
+
+class ModuleFunction(TorchFunction):
+    """One method of a module in one mode; its leading operands are the weights, sorted by name."""
+
+    def __init__(self, module: "FunctionalModule", method: str, pool: SkeletonPool):
+        self._module, self._method, self._pool = module, method, pool
+        self._names = sorted(module.specs)
+        self.state_operands = tuple(i for i, name in enumerate(self._names) if module.specs[name].kind == "buffers")
+        self._assigned: set[tuple[str, str]] = set()
+        name = module.name if method == "forward" else f"{module.name}.{method}"
+        super().__init__(getattr(module.skeleton, method), name=name, **module._options)
+
+    def call(
+        self, weights: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, key: Any, stateful: bool
+    ) -> tuple[Any, dict[str, Any]]:
+        """The output, and the buffers that the call changes, by name; without `stateful` such a call is refused."""
+        leading = {name: weights.get(name) for name in self._names}
+        missing = [name for name, leaf in leading.items() if leaf is None]
+        if missing:
+            raise TypeError(
+                f"{self.name}: leaf {missing[0]!r} is missing from the model. If it was partitioned, put it together "
+                "again before the call: `eqx.combine(params, static)`."
+            )
+        if key is not None and self._signature.wants_key(key, args):
+            key, kwargs = None, {**kwargs, "key": key}
+        output, state = self.apply(Arguments(args, kwargs, self._signature, leading), key, stateful=stateful)
+        return output, {self._names[i]: x for i, x in state.items()}
+
+    def runner(self, fill: Filler, found: Trace, *, stateful: bool) -> Flat:
+        n_weights, pool, method = len(self._names), self._pool, self._method
+        kept = found.state
+        watched = () if found.fakeable or stateful else self.state_operands
+
+        def run(*tensors: torch.Tensor) -> tuple[Any, Sequence[Any]]:
+            weights = tensors[:n_weights]
+            versions = [weights[i]._version for i in watched]
+            args, kwargs = fill(tensors[n_weights:])
+            skeleton = pool.borrow()
+            before = attribute_values(skeleton.module, self._assigned) if self._assigned else []
+            skeleton.load(weights)
+            try:
+                call = skeleton.module if method == "forward" else getattr(skeleton.module, method)
+                output = call(*args, **kwargs)
+            finally:
+                replaced = skeleton.unload(weights)
+                put_back(before)
+                pool.give_back(skeleton)
+            lost = replaced.keys() - kept
+            if watched:
+                lost |= {i for i, v in zip(watched, versions, strict=True) if weights[i]._version != v}
+            if lost:
+                self._refuse_changes(lost)
+            return output, [replaced.get(i, weights[i]) for i in kept]
+
+        return run
+
+    def observer(self, fill: Filler) -> Flat:
+        """Run by `torch.func.functional_call`, the definition of a call, and learn which attributes are assigned."""
+
+        def observe(*tensors: torch.Tensor) -> tuple[Any, Sequence[Any]]:
+            weights = dict(zip(self._names, tensors[: len(self._names)], strict=True))
+            args, kwargs = fill(tensors[len(self._names) :])
+            self._check_shapes(weights)
+            skeleton = self._pool.borrow()
+            output, after = self._observe(skeleton, weights, args, kwargs)
+            self._pool.give_back(skeleton)  # one in which the forward failed is not used again
+            return output, [after[self._names[i]] for i in self.state_operands]
+
+        return observe
+
+    def _observe(
+        self, skeleton: Skeleton, weights: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        module, inputs = skeleton.module, [x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        with attribute_changes(module) as changes:
+            try:
+                output, after = self._functional_call(module, weights, args, kwargs)
+            except CapturedWriteError as exc:
+                skeleton.reset()
+                attribute = next(stray_tensors(module, aliasing=[exc.tensor]), None)
+                if attribute is None:  # a closure or a global holds it
+                    raise
+                raise self._module.lost_attribute(self.name, attribute) from exc
+            except RandomnessError as exc:
+                where = _innermost_submodule(module, exc)
+                raise RandomnessError(f"{exc} It was drawn in {where}.") if where else exc from None
+            skeleton.reset()  # functional_call leaves a module that stands in two places with tensors in it
+            attribute = next(stray_tensors(module, aliasing=inputs), None)
+            if attribute is not None:
+                raise TorchCallError(
+                    f"{self.name} keeps an argument, or a view of it, in its attribute `{attribute}`, whose memory "
+                    "belongs to XLA and is reused at once. Return the tensor as an output, or store `tensor.clone()`."
+                )
+        for change in changes:
+            if change.is_state:
+                raise self._module.lost_attribute(self.name, f"{change.path}{change.name}")
+            self._assigned.add((change.path, change.name))
+        attribute = next(stray_tensors(module, fake=True), None)
+        if attribute is not None:
+            raise self._module.lost_attribute(self.name, attribute)
+        return output, after
+
+    def _functional_call(
+        self, module: torch.nn.Module, weights: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """The output, and what is in the place of each weight afterwards."""
+        prefix = "" if self._method == "forward" else "module."
+        caller = _MethodCaller(module, self._method) if prefix else module
+        held = {prefix + name: tensor for name, tensor in weights.items()}
+        output = torch.func.functional_call(caller, held, args, kwargs)
+        after = {name: held[prefix + name] for name in weights}  # functional_call hands back what the forward put there
+        replaced = {i for i, name in enumerate(self._names) if after[name] is not weights[name]}
+        if not replaced.issubset(self.state_operands):
+            self._refuse_changes(replaced)
+        return output, after
+
+    def operand_dtypes(self, avals: Sequence[Aval]) -> list[torch.dtype]:
+        """Each weight's own torch dtype, unless the user cast the leaf to another one."""
+        specs = [self._module.specs[name] for name in self._names]
+        restored = [
+            s.dtype if a.dtype == dtypes.canonical(s.dtype) else dtypes.to_torch_dtype(a.dtype)
+            for a, s in zip(avals, specs, strict=False)
+        ]
+        return restored + super().operand_dtypes(avals[len(specs) :])
+
+    def check(self, found: Trace, *, stateful: bool) -> None:
+        if found.state and found.fakeable and not stateful:
+            self._refuse_changes(found.state)
+
+    def _refuse_changes(self, weights: Iterable[int]) -> NoReturn:
+        names = ", ".join(f"`{self._names[i]}`" for i in sorted(weights))
+        kinds = {self._module.specs[self._names[i]].kind for i in weights}
+        if kinds == {"buffers"}:
+            raise StateError(
+                f"{self.name} changes buffer {names} in its forward pass, which a pure function would silently lose. "
+                f"{self._module.remedy}"
+            )
+        raise StateError(
+            f"{self.name} puts another tensor in the place of its parameter {names} in the forward pass, which a pure "
+            "function would silently lose. Make it a buffer (`register_buffer`) if it is state, and leave parameters "
+            "to the optimizer."
+        )
+
+    def _check_shapes(self, weights: Weights) -> None:
+        for name, spec in self._module.specs.items():
+            if tuple(weights[name].shape) != spec.shape:
+                raise TorchCallError(
+                    f"{self.name}: leaf {name!r} has shape {tuple(weights[name].shape)}, but the torch module's is "
+                    f"{spec.shape}. A stacked model is called under vmap over its leaves, e.g. "
+                    "`eqx.filter_vmap(lambda m, x: m(x), in_axes=(eqx.if_array(0), None))(model, x)`."
+                )
+
+
+class _MethodCaller(torch.nn.Module):
+    """Makes another method than `forward` reachable for `functional_call`."""
+
+    def __init__(self, module: torch.nn.Module, method: str):
+        super().__init__()
+        self.module, self._method = module, method
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.module, self._method)(*args, **kwargs)
+
+
+def _innermost_submodule(module: torch.nn.Module, exc: BaseException) -> str | None:
+    """Which submodule raised: its dotted name and class, for errors."""
+    name_of = {id(submodule): name for name, submodule in module.named_modules()}
+    found = None
+    for frame, _ in traceback.walk_tb(exc.__traceback__):
+        owner = frame.f_locals.get("self")
+        if id(owner) in name_of and isinstance(owner, torch.nn.Module):
+            found = owner
+    return (
+        f"submodule `{name_of[id(found)]}` ({type(found).__name__})"
+        if found is not None and name_of[id(found)]
+        else None
+    )
