@@ -1,8 +1,10 @@
 """`to_jax` and `to_torch` over pytrees: every container keeps its type, every other leaf its identity."""
 
 import collections
+import concurrent.futures
 import enum
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -31,6 +33,18 @@ class Layer(eqx.Module):
     name: str = eqx.field(static=True)
 
 
+@dataclass
+class Batch:
+    images: Any
+    labels: Any
+    name: str = "train"
+
+
+@dataclass(frozen=True, slots=True)
+class Inner:
+    value: Any
+
+
 class Colour(enum.Enum):
     RED = 1
 
@@ -52,6 +66,8 @@ def _containers(x: Any, y: Any) -> dict[str, Any]:
         "eqx in list": [Layer(x, "a"), Layer(None, "b")],
         "jax Partial": jax.tree_util.Partial(max, x, key=y),
         "ModelOutput": BaseModelOutput(last_hidden_state=x, hidden_states=(x, y)),
+        "dataclass": Batch(x, [y]),
+        "dataclasses in one another": Batch({"a": Inner((x, None))}, Batch(y, None)),
         "ModelOutput in dict": {"out": BaseModelOutput(attentions=(y,)), "x": x},
     }
 
@@ -137,9 +153,77 @@ def test_model_output_is_a_pytree_of_jax(jit):
     assert doubled.attentions is None
 
 
-def test_object_that_no_pytree_registry_knows_is_a_leaf():
+@pytest.mark.parametrize(
+    "value",
+    [torch.distributions.Normal(torch.zeros(2), torch.ones(2)), torch.nn.Linear(2, 2), torch.Generator(), Inner],
+    ids=["distribution", "module", "generator", "class"],
+)
+def test_object_that_no_pytree_registry_knows_is_a_leaf(value):
+    assert to_jax([value])[0] is value
+
+
+# --- records: dataclasses and caches --------------------------------------------------------------
+
+
+def test_record_is_taken_apart_by_its_attributes():
+    batch = to_jax(Batch(torch.ones(2), None))
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path([batch])[0]]
+    assert paths == ["[0].images"]
+    assert "name='train'" in str(jax.tree.structure(batch))
+    assert jax.tree.structure(batch) != jax.tree.structure(to_jax(Batch(torch.ones(2), None, "test")))
+
+
+def test_every_attribute_may_hold_an_array_later():
+    """JAX rebuilds records with anything in the place of arrays, and takes those apart again."""
+    batch = to_jax(Batch(torch.ones(2), [torch.zeros(3), "static"]))
+    structure = jax.tree.structure(batch)
+    for stand_in in (False, 0, None, "label", (), object(), 1.5):
+        rebuilt = jax.tree.unflatten(structure, [stand_in] * structure.num_leaves)
+        assert (rebuilt.images, rebuilt.labels, rebuilt.name) == (stand_in, [stand_in] * 2, "train")
+        assert jax.tree.leaves(rebuilt, is_leaf=lambda x: x is None or x == ()) == [stand_in] * 3
+    assert jax.tree.structure(jax.tree.map(lambda x: x is batch, batch)) == structure
+
+
+def test_containers_of_static_attributes_are_not_shared():
+    given = to_jax(Batch(torch.ones(2), ["a", {"b": 1}]))
+    rebuilt = jax.tree.map(lambda x: x, given)
+    rebuilt.labels[1]["b"] = 2
+    rebuilt.labels.append("c")
+    assert given.labels == ["a", {"b": 1}]
+
+
+def test_declared_order_then_alphabetical_whatever_was_set_first():
+    @dataclass
+    class Late:
+        late: Any = field(init=False)
+        early: Any = 1
+
+    first, second = Late(torch.ones(1)), Late(torch.ones(1))
+    first.late = first.z = first.a = second.a = second.z = second.late = torch.ones(1)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(to_jax(first))[0]]
+    assert paths == [".late", ".early", ".a", ".z"]
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+
+
+def test_empty_cache_is_a_tree():
     cache = DynamicCache()
-    assert to_jax([cache])[0] is cache
+    there = to_jax(cache)
+    assert jax.tree.leaves(cache) == []
+    assert there is not cache
+    assert there.layers is not cache.layers
+    assert jax.tree.structure(there) == jax.tree.structure(DynamicCache())
+
+
+def test_threads_may_meet_a_class_at_once():
+    for i in range(20):
+        cls, barrier = make_dataclass(f"Met{i}", ["x"]), threading.Barrier(8)
+
+        def convert(_: int, cls=cls, barrier=barrier) -> Any:
+            barrier.wait()
+            return to_jax(cls(torch.ones(1))).x
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            assert all(isinstance(x, jax.Array) for x in pool.map(convert, range(8)))
 
 
 def test_error_counts_leaves():
@@ -160,7 +244,9 @@ trees = st.recursive(
         st.lists(inner, max_size=3).map(tuple),
         st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
         st.builds(Pair, inner, inner),
-        st.builds(Layer, inner, st.sampled_from("xy")),
+        st.builds(Layer, leaves, st.sampled_from("xy")),  # Equinox flattens what it builds, and torchleaf's code is
+        st.builds(Batch, inner, inner),  # type-checked at random samples, which strategies must not take
+        st.builds(Inner, inner),
         st.builds(BaseModelOutput, last_hidden_state=leaves, hidden_states=st.lists(leaves, min_size=1).map(tuple)),
     ),
     max_leaves=8,
