@@ -93,6 +93,7 @@ class Vmap(TorchCall):
         return self.inner.composable
 
     def run(self, *tensors: torch.Tensor) -> Tensors:
+        tensors = _batch_first(self, tensors)
         try:
             batched = self._strategy(self, *tensors)
         except RuntimeError as exc:  # torch takes other branches for fake tensors, so a trial does not tell all
@@ -201,24 +202,33 @@ def _vmap_failure(call: Vmap) -> str | None:
     """Why torch.func.vmap cannot batch `call.inner`: torch's first sentence, which names the op."""
     if not call.inner.composable:
         return "it reads values, or torch.func cannot transform its derivative"
-    failure = trial_run(lambda *tensors: _functional(call, *tensors), call.in_avals)
+    failure = trial_run(lambda *tensors: _functional(call, *_batch_first(call, tensors)), call.in_avals)
     return None if failure is None else quote(failure).split(". ")[0].split("\n")[0]
 
 
+def _batch_first(call: Vmap, tensors: Tensors) -> Tensors:
+    """Batch axes leading, in contiguous memory: JAX arrays have no strides, and `Tensor.view` asks for them."""
+    return tuple(x.movedim(d, 0).contiguous() if d else x for x, d in zip(tensors, call.in_dims, strict=True))
+
+
+# Every strategy gets batch axes leading.
+
+
 def _functional(call: Vmap, *tensors: torch.Tensor) -> Tensors:
-    return torch.func.vmap(call.inner.run, in_dims=call.in_dims, out_dims=0, randomness="different")(*tensors)
+    in_dims = tuple(None if d is None else 0 for d in call.in_dims)
+    return torch.func.vmap(call.inner.run, in_dims=in_dims, out_dims=0, randomness="different")(*tensors)
 
 
 def _loop(call: Vmap, *tensors: torch.Tensor) -> Tensors:
     def example(i: int) -> Tensors:
-        return call.inner.run(*(x if d is None else x.select(d, i) for x, d in zip(tensors, call.in_dims, strict=True)))
+        return call.inner.run(*(x if d is None else x[i] for x, d in zip(tensors, call.in_dims, strict=True)))
 
     return tuple(torch.stack(ys) for ys in zip(*map(example, range(call.size)), strict=True))
 
 
 def _batched(call: Vmap, *tensors: torch.Tensor) -> Tensors:
-    """One call of a natively batched function: batch axes lead, shared operands go in as they are."""
-    outs = call.inner.run(*(x if d is None else x.movedim(d, 0) for x, d in zip(tensors, call.in_dims, strict=True)))
+    """One call of a natively batched function, shared operands as they are."""
+    outs = call.inner.run(*tensors)
     for i, (y, axis) in enumerate(zip(outs, call._batch_axes, strict=True)):
         _check_batched(call, i, tuple(y.shape), axis, call.size)
     return tuple(
@@ -232,7 +242,7 @@ def _merged(call: Vmap, *tensors: torch.Tensor) -> Tensors:
     inner = call.inner
     assert isinstance(inner, Vmap)
     merged = [
-        x if d is None or e is None else x.movedim(d, 0).movedim(e + 1, 1).flatten(0, 1)
+        x if d is None or e is None else x.movedim(e + 1, 1).flatten(0, 1)
         for x, d, e in zip(tensors, call.in_dims, inner.in_dims, strict=True)
     ]
     return tuple(

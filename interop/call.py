@@ -28,7 +28,7 @@ Tensors = tuple[torch.Tensor, ...]
 VmapMethod = Literal["auto", "vmap", "batched", "loop"]
 Residuals = Literal["live", "recompute"]
 Linearized = tuple["TorchCall", tuple[int, ...], tuple[int, ...]]
-Call = TypeVar("Call", bound="TorchCall")
+Derived = TypeVar("Derived")
 
 
 class TorchCall:
@@ -69,7 +69,7 @@ class TorchCall:
         """Whether `run` may stand inside a `torch.func` transform."""
         raise AssertionError("abstract")
 
-    def derive(self, kind: Callable[..., Call], *statics: Any) -> Call:
+    def derive(self, kind: Callable[..., Derived], *statics: Any) -> Derived:
         """`kind(self, *statics)`, one object per set of statics, so that JAX's caches hit."""
         key = (kind, *statics)
         if key not in self._derived:
@@ -153,7 +153,8 @@ class Base(TorchCall):
         self.warned = False  # about falling back to a loop
 
     def run(self, *tensors: torch.Tensor) -> Tensors:
-        return self.function(*tensors)
+        with torch.enable_grad():  # torch's default: the callable may take gradients itself
+            return self.function(*tensors)
 
     @property
     def composable(self) -> bool:

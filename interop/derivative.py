@@ -9,8 +9,10 @@ from functools import cached_property
 import torch
 
 from . import residuals, reverse
+from .aten import WatchWrites
 from .batching import vmap
 from .call import Aval, Linearized, Tensors, TorchCall, take
+from .dtypes import is_inexact
 from .trial import trial_run
 
 
@@ -191,6 +193,15 @@ class Vjp(_Derivative):
             return self._autograd(*tensors)  # outermost, torch.autograd is cheaper than torch.func and supports more
         return self.pullback(graph, tensors)
 
+    def prepare(self) -> None:
+        super().prepare()
+        self.base.derive(writes_in_backward)
+
+    def _split(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
+        if self.base.derive(writes_in_backward):
+            tensors = tuple(x.clone() for x in tensors)
+        return super()._split(tensors)
+
     def pullback(self, graph: residuals.Graph, tensors: Tensors) -> Tensors:
         """The cotangents by a live graph."""
         primals, cotangents = self._split(tensors)
@@ -215,6 +226,26 @@ class Vjp(_Derivative):
         primals, cotangents = self._split(tensors)
         function, xs = self._function(primals)
         return reverse.conj(reverse.pullback(function, xs, reverse.conj(cotangents)))
+
+
+def writes_in_backward(call: TorchCall) -> bool:
+    """Whether torch's backward pass of a call writes into an operand it saved or into a cotangent, as far as is known.
+
+    Hooks (`x.register_hook(lambda g: g.clamp_(-1, 1))`) and custom functions do, into memory of JAX's.
+    """
+    active = tuple(i for i, aval in enumerate(call.in_avals) if is_inexact(aval.dtype))
+    seen: list[bool] = []
+
+    def backward(*tensors: torch.Tensor) -> None:
+        with WatchWrites(tensors) as watch:
+            vjp = Vjp(call, active, call.inexact_outs, live=False)
+            primals, cotangents = _Derivative._split(vjp, tensors)
+            function, xs = vjp._function(primals)
+            reverse.pullback(function, xs, cotangents)
+        seen.append(watch.seen)
+
+    cotangents = [call.out_avals[i] for i in call.inexact_outs]
+    return not call.composable or trial_run(backward, (*call.in_avals, *cotangents)) is not None or any(seen)
 
 
 class PerExampleVjp(TorchCall):

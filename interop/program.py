@@ -86,6 +86,7 @@ class Program:
                     "declared by `out_shape`. XLA needs shapes that do not depend on values: return a padded array "
                     "and a mask."
                 )
+            out = out.detach()
             if has_parts:
                 next(results).copy_(out.real)
                 next(results).copy_(out.imag if out.is_complex() else torch.zeros_like(out))

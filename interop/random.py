@@ -26,6 +26,7 @@ from torch._functorch import pyfunctorch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .aten import bound
 from .errors import RandomnessError
 
 _functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
@@ -35,6 +36,12 @@ _LIKE_AN_ARGUMENT = {"_standard_gamma", "bernoulli", "binomial", "native_dropout
 _OF_A_SIZE = {"rand", "rand_like", "randint", "randint_like", "randn", "randn_like"}
 _EXAMPLE_BY_EXAMPLE = _IN_PLACE | _LIKE_AN_ARGUMENT | _OF_A_SIZE
 """Ops to which `torch.func.vmap` gives the batch as leading axes."""
+
+_DROPOUT_RATES = {name: ("p",) for name in ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout")}
+"""Where the rate is called `p`; elsewhere `p` is a probability, and numbers are drawn for zero, too."""
+
+_KEY_SHAPES = ((2,), (4,))
+"""Words of one key: threefry has two, rbg four."""
 
 
 # --- the JAX side --------------------------------------------------------------------------------
@@ -55,7 +62,7 @@ def key_operand(key: Any, name: str) -> jax.Array:
         shape = key.shape
     else:
         words, shape = key, getattr(key, "shape", (None,))[:-1]
-    if getattr(words, "dtype", None) != jnp.uint32 or getattr(words, "ndim", 0) == 0:
+    if getattr(words, "dtype", None) != jnp.uint32 or words.shape[-1:] not in _KEY_SHAPES:
         given = f"{words.dtype}{list(words.shape)}" if hasattr(words, "dtype") else type(key).__name__
         raise TypeError(
             f"{name}: key must be a JAX PRNG key (jax.random.key(0) or jax.random.PRNGKey(0)), got {given}."
@@ -75,9 +82,11 @@ def draws(op: Any, arguments: dict[str, Any]) -> bool:
     """Whether an aten op draws random numbers with these arguments: dropout of zero or in evaluation does not."""
     if torch.Tag.nondeterministic_seeded not in op.tags:
         return False
-    off = [arguments.get(n) == 0 for n in ("p", "dropout", "dropout_p") if n in arguments]
-    off += [arguments.get(n) is False for n in ("train", "training") if n in arguments]
-    return not any(off)
+    rates = _DROPOUT_RATES.get(op.overloadpacket.__name__, ("dropout", "dropout_p"))
+    return not (
+        any(arguments.get(rate) == 0 for rate in rates)
+        or any(arguments.get(mode) is False for mode in ("train", "training"))
+    )
 
 
 def refuse(name: str, op: Any) -> RandomnessError:
@@ -115,6 +124,11 @@ class WithKey(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags or not draws(func, bound(func, args, kwargs)):
             return func(*args, **kwargs)
+        _refuse_checkpoint(func)
+        with self:
+            drawn = func.decompose(*args, **kwargs)  # under `torch.inference_mode` ops come undecomposed
+        if drawn is not NotImplemented:
+            return drawn
         rows = list(self._rows(func, args, kwargs)) if self._batch else [(args, kwargs)]
         if self._is_fake:
             return func(*args, **kwargs)
@@ -149,11 +163,15 @@ class WithKey(TorchDispatchMode):
         return torch.stack(list(outs)).unflatten(0, self._batch)
 
 
-def bound(op: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments of an aten op by name."""
-    declared = op._schema.arguments
-    defaults = {a.name: a.default_value for a in declared if a.has_default_value()}
-    return defaults | dict(zip((a.name for a in declared), args, strict=False)) | kwargs
+def _refuse_checkpoint(op: Any) -> None:
+    """The backward pass would run the op again where no key is: with another mask."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":
+        raise RandomnessError(
+            f"Random numbers are drawn ({op}) inside torch.utils.checkpoint, whose second run in the backward pass would "
+            "draw others. Leave it out (in transformers, `model.gradient_checkpointing_disable()`), and put "
+            "`jax.checkpoint` around the call to save memory."
+        )
 
 
 def _is_batched(name: str, value: Any) -> bool:
@@ -225,8 +243,10 @@ def _device(args: Any, kwargs: Any) -> torch.device:
 def _with_generator(generator: torch.Generator, func: Any, args: Any, kwargs: Any) -> Any:
     seeded = _seeded(func)
     if seeded is not None:
-        return seeded(*args, **{**kwargs, "generator": generator})
-    with _default_lock:
+        return seeded(**bound(seeded, args, kwargs) | {"generator": generator})
+    if func.overloadpacket.__name__ == "native_dropout" and generator.device.type == "cpu":
+        return _native_dropout(generator, *args, **kwargs)
+    with _default_lock:  # what another thread draws from torch's own generator meanwhile, it draws from the key
         default = _default_generator(generator.device)
         before = default.get_state()
         default.set_state(generator.get_state())
@@ -235,6 +255,14 @@ def _with_generator(generator: torch.Generator, func: Any, args: Any, kwargs: An
         finally:
             generator.set_state(default.get_state())
             default.set_state(before)
+
+
+def _native_dropout(
+    generator: torch.Generator, x: torch.Tensor, p: float, train: bool | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch's kernel, which takes no generator."""
+    mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p, generator=generator)
+    return (x * mask).mul_(0.0 if p == 1 else 1 / (1 - p)), mask
 
 
 _default_lock = threading.Lock()

@@ -68,6 +68,7 @@ class Save(TorchCall):
         self.name = f"save({self._plain.name})"
         self.in_avals, self.out_avals = self._plain.in_avals, (*self._plain.out_avals, HANDLE)
         self._shelf = _Shelf()
+        self._keepable: bool | None = None  # known after the first run
 
     @property
     def plain_kernels(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -81,20 +82,31 @@ class Save(TorchCall):
         return False  # it is only ever executed
 
     def execute(self, *tensors: torch.Tensor) -> Tensors:
-        if self.batch is not None:
-            size, given = self.batch[1], list(tensors)
-            for i in self._shared:
-                given[i] = tensors[i].expand(size, *tensors[i].shape)
-            tensors = tuple(given)
+        if self._keepable is False:
+            return (*self._plain.execute(*tensors), _no_graph())
+        given = list(tensors)
+        for i in self._shared:
+            given[i] = tensors[i].expand(self.batch[1], *tensors[i].shape)  # pyright: ignore[reportOptionalSubscript]
         graph = Graph(self._graphed, self.active, self.batch)
-        outs = graph.forward(tensors)
-        return (*outs, self._shelf.put(graph))
+        try:
+            outs = graph.forward(tuple(given))
+            keepable = self._keepable or not graph.holds(given)
+        except Exception:  # torch.func transforms in the callable refuse saved tensor hooks, for instance
+            if self._keepable:
+                raise
+            outs, keepable = self._plain.execute(*tensors), False  # raises again what is the callable's own fault
+        self._keepable = keepable
+        return (*outs, self._shelf.put(graph) if keepable else _no_graph())
 
     def select(self, used: tuple[int, ...]) -> tuple[TorchCall, tuple[int, ...]] | None:
         return None if len(self.out_avals) - 1 in used else self.graphless()
 
     def graphless(self) -> tuple[TorchCall, tuple[int, ...]]:
         return self._plain, tuple(range(len(self.in_avals)))
+
+
+def _no_graph() -> torch.Tensor:
+    return torch.zeros(HANDLE.shape, dtype=torch.int32)
 
 
 class _Shelf:
@@ -168,17 +180,37 @@ class Graph:
     def forward(self, operands: Tensors) -> Tensors:
         """Run the call and keep its graph; nothing of `operands` is kept."""
         self._saved.operand_of = {_storage(x): i for i, x in enumerate(operands)}
+        self._saved.operands = operands  # the call may itself go backward
         compiled = compiling(self._call.base.fused_kernels, self._saved.pack)
         with compiled as pack, torch.enable_grad(), saved_tensors_hooks(pack, self._saved.unpack):
             entered = [_enter(operands[i]) for i in self._active]
             given = list(operands)
             for i, x in zip(self._active, entered, strict=True):
                 given[i] = x
-            outs = self._call.run(*given)
+            try:
+                outs = self._call.run(*given)
+            finally:
+                self._saved.operands = ()
         self._inputs = [_edge(x) for x in entered]
         self._outputs = [_edge(y) if y.requires_grad else None for y in outs]
         self._saved.operand_of = {}
         return tuple(y.detach() for y in outs)
+
+    def holds(self, operands: Sequence[torch.Tensor]) -> bool:
+        """Whether the call made leaves of operands, to differentiate by them itself: the graph has their memory."""
+        storages = {_storage(x) for x in operands}
+        seen: set[Any] = set()
+        nodes = [edge.node for edge in self._outputs if edge is not None]
+        while nodes:
+            node = nodes.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and _storage(leaf) in storages:
+                return True
+            nodes += [following for following, _ in node.next_functions if following is not None]
+        return False
 
     def gives(self, active: Sequence[int], batch: Batch | None) -> bool:
         """Whether the graph gives the gradients of these operands, for each example of the batch."""

@@ -78,7 +78,7 @@ class Specialized:
         if self._is_tensor and type(output) is torch.Tensor:
             leaves, treedef = [output], self._found.treedef
         else:
-            leaves, treedef = flatten_registering(output)
+            leaves, treedef = flatten_registering(output, every_record=True)
         if treedef != self._found.treedef:
             raise TorchCallError(
                 f"{self._name} returned {treedef} at run time, but {self._found.treedef} when it was traced (or "

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,10 +15,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import dtypes, kernels
+from .aten import bound, written
 from .call import Aval
 from .errors import CapturedWriteError, StateError, TorchCallError, quote, signature_text
 from .operations import operations
-from .random import bound, draws, refuse
+from .packed import BatchSizes
+from .random import draws, refuse
 from .trees import flatten_registering, leaf_names
 from .trial import fake_mode
 
@@ -129,8 +132,16 @@ def _trace_values(
 
 
 def _depends_on_values(exc: Exception) -> bool:
-    # torch declares the shape of ctc_loss's intermediate dynamic; its outputs' shapes are not.
-    return isinstance(exc, _DATA_DEPENDENT) and "_ctc_loss" not in str(exc.func)
+    """Whether values, not shapes alone, may decide what a callable returns that raised this on fake tensors."""
+    if not isinstance(exc, _DATA_DEPENDENT):
+        return False
+    # torch declares the shape of ctc_loss's intermediate dynamic; its outputs' shapes are not. Lengths of packed
+    # sequences are static as a rule; those that are operands are refused as zeros.
+    if any(op in str(exc.func) for op in ("_ctc_loss", "_pack_padded_sequence")):
+        return False
+    # BatchNorm(momentum=None) reads its number of batches as a factor.
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(exc.__traceback__)]
+    return not any(file == torch.nn.modules.batchnorm.__file__ for file in files)
 
 
 def _why_not_fakeable(exc: Exception) -> str | None:
@@ -153,7 +164,7 @@ def _observe(traced: Traceable, operands: list[torch.Tensor]) -> Trace:
     name = traced.name
     storages = [StorageWeakRef(x.untyped_storage()) for x in operands]
     observer = _Observer(name, storages, has_key=traced.has_key)
-    with observer:
+    with observer, torch.enable_grad():
         output, after = traced.function(*operands)
         treedef, leaves = _describe(output, name)
         state = {i: x for i, x in zip(traced.state_operands, after, strict=True) if x is not operands[i]}
@@ -195,7 +206,7 @@ def _check_state(traced: Traceable, state: dict[int, Any]) -> None:
 
 def _describe(output: Any, name: str) -> tuple[Any, tuple[Any, ...]]:
     """The output's pytree, with an aval in the place of each tensor."""
-    leaves, treedef = flatten_registering(output)
+    leaves, treedef = flatten_registering(output, every_record=True)
     described: list[Any] = []
     for leaf, path in zip(leaves, leaf_names(output), strict=True):
         if isinstance(leaf, torch.Tensor):
@@ -242,15 +253,6 @@ def _render(treedef: Any, leaves: Sequence[Any]) -> str:
     return str(jax.tree.unflatten(treedef, [short(leaf) for leaf in leaves]))
 
 
-_STATISTICS = ("running_mean", "running_var")
-
-
-def _updates_statistics(op: Any, arguments: dict[str, Any]) -> bool:
-    """Whether a batch norm writes into its running statistics, which most of its variants do not declare."""
-    in_training = arguments.get("training", arguments.get("train", True))
-    return in_training and not any(mark in op.name() for mark in ("backward", "functional", "_no_"))
-
-
 class _Observer(TorchDispatchMode):
     """Sees every op with its schema: which operands it writes into, whether it is random."""
 
@@ -273,25 +275,20 @@ class _Observer(TorchDispatchMode):
             if not self._has_key:
                 raise refuse(self.name, func)
             self.random = True
-        for argument in func._schema.arguments:
-            if (argument.alias_info is not None and argument.alias_info.is_write) or (
-                argument.name in _STATISTICS and _updates_statistics(func, arguments)
-            ):
-                self._note_write(arguments.get(argument.name))
+        for tensor in written(func, arguments):
+            self._note_write(tensor)
         output = func(*args, **kwargs)
         self.operations += operations(func, args, kwargs, output)
         return output
 
-    def _note_write(self, written: Any) -> None:
-        for tensor in written if isinstance(written, list | tuple) else [written]:
-            if isinstance(tensor, torch.Tensor):
-                operand = self._operand_of.get(tensor.untyped_storage()._cdata)
-                if operand is not None:
-                    self.mutated.add(operand)
-                elif self._fake and not isinstance(tensor, fake_tensor.FakeTensor):
-                    raise CapturedWriteError(
-                        f"{self.name} writes into a tensor of shape {tuple(tensor.shape)} that is not an argument but "
-                        "captured from outside, which a pure function must not. Pass it as an argument and return the "
-                        "new value.",
-                        tensor,
-                    )
+    def _note_write(self, tensor: torch.Tensor) -> None:
+        operand = self._operand_of.get(tensor.untyped_storage()._cdata)
+        if operand is not None:
+            self.mutated.add(operand)
+        elif self._fake and not isinstance(tensor, fake_tensor.FakeTensor | BatchSizes):
+            raise CapturedWriteError(
+                f"{self.name} writes into a tensor of shape {tuple(tensor.shape)} that is not an argument but "
+                "captured from outside, which a pure function must not. Pass it as an argument and return the "
+                "new value.",
+                tensor,
+            )

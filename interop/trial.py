@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import dtypes
 from .kernels import COMPILED, differentiable_path, plain_kernels
+from .packed import BatchSizes
 
 _fake_logger = logging.getLogger("torch._subclasses.fake_tensor")
 
@@ -22,10 +24,23 @@ def fake_mode() -> Iterator[None]:
     _fake_logger.disabled = True  # it logs a traceback for each failure, which we report ourselves
     eager = plain_kernels(frozenset({COMPILED}))  # code met here in a mode would never be compiled again
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), differentiable_path(), eager:
+        with _FakeMode(allow_non_fake_inputs=True), torch.no_grad(), differentiable_path(), eager:
             yield
     finally:
         _fake_logger.disabled = was_disabled
+
+
+class _FakeMode(FakeTensorMode):
+    """Computes with batch sizes alone for real: modules read their values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if not any(isinstance(x, BatchSizes) for x in tensors):
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        args, kwargs = tree_map_only(BatchSizes, BatchSizes.plain, (args, kwargs or {}))
+        if all(isinstance(x, BatchSizes) for x in tensors):
+            return tree_map_only(torch.Tensor, BatchSizes.of, func(*args, **kwargs))
+        return super().__torch_dispatch__(func, tuple({*types} - {BatchSizes}), args, kwargs)
 
 
 def empty_like_avals(avals: Sequence[Any]) -> tuple[torch.Tensor, ...]:
