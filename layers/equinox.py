@@ -11,6 +11,7 @@ from jaxtyping import Array
 from ..interop.call import Residuals, VmapMethod
 from ..interop.errors import StateError
 from .functional_module import FunctionalModule
+from .weights import Held, held
 
 _REMEDY = (
     "Make the model with `model, state = eqx.nn.make_with_state(...)(...)` and call it with `state=state`, which gives "
@@ -169,6 +170,21 @@ class TorchModule(eqx.nn.StatefulLayer):
         if self.buffer_index is None or not changed:
             return state
         return state.set(self.buffer_index, {**state.get(self.buffer_index), **changed})
+
+
+@held.register
+def _(model: TorchModule, state: eqx.nn.State | None) -> Held:
+    buffers = model.buffers_in(state)
+
+    def replace(weights: dict[str, Array]) -> Any:
+        params, frozen, new_buffers = ({k: weights[k] for k in old} for old in (model.params, model.frozen, buffers))
+        new = eqx.tree_at(lambda m: (m.params, m.frozen), model, (params, frozen))
+        if state is not None:
+            return new, new.with_buffers(state, new_buffers)
+        return eqx.tree_at(lambda m: m.buffers, new, new_buffers)
+
+    weights = {**model.params, **model.frozen, **buffers}
+    return Held(model.module, weights, training=not model.inference, replace=replace)
 
 
 def _stop_gradient(x: Any) -> Any:

@@ -40,17 +40,18 @@ class FunctionalModule:
 
     - `module`: an initialised `torch.nn.Module`; it is left as it is.
     - `remedy`: what to do, in the terms of one's framework, where buffers change.
+    - `channels_last`: arrays have their channels in the last axis, torch's tensors in the second.
     - `options`: those of `torch_function`.
     """
 
-    def __init__(self, module: torch.nn.Module, *, remedy: str, **options: Any):
+    def __init__(self, module: torch.nn.Module, *, remedy: str, channels_last: bool = False, **options: Any):
         _check_module(module)
         _warn_of_compilation_in_place(module)
         check_options(options["vmap_method"], options["residuals"])
         self.name = type(module).__name__
         self.training = module.training
         self.specs = {name: Spec(_kind(t), tuple(t.shape), t.dtype) for name, t in named_tensors(module)}
-        self._options, self.remedy = options, remedy
+        self._options, self.remedy, self.channels_last = options, remedy, channels_last
         self.skeleton = copy_replacing(module, {t: _on_meta(t) for _, t in named_tensors(module)})
         self._functions: dict[tuple[str, bool], ModuleFunction] = {}
         self._pools: dict[bool, SkeletonPool] = {}

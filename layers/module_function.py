@@ -14,6 +14,7 @@ from ..interop.errors import CapturedWriteError, RandomnessError, StateError, To
 from ..interop.function import TorchFunction
 from ..interop.trace import Flat, Trace
 from .attributes import attribute_changes, attribute_values, put_back, stray_tensors
+from .channels import to_flax_layout, to_torch_layout
 from .skeleton import Skeleton, SkeletonPool
 
 if TYPE_CHECKING:
@@ -51,13 +52,15 @@ class ModuleFunction(TorchFunction):
 
     def runner(self, fill: Filler, found: Trace, *, stateful: bool) -> Flat:
         n_weights, pool, method = len(self._names), self._pool, self._method
-        kept = found.state
+        kept, channels_last = found.state, self._module.channels_last
         watched = () if found.fakeable or stateful else self.state_operands
 
         def run(*tensors: torch.Tensor) -> tuple[Any, Sequence[Any]]:
             weights = tensors[:n_weights]
             versions = [weights[i]._version for i in watched]
             args, kwargs = fill(tensors[n_weights:])
+            if channels_last:
+                args, kwargs = to_torch_layout((args, kwargs))
             skeleton = pool.borrow()
             before = attribute_values(skeleton.module, self._assigned) if self._assigned else []
             skeleton.load(weights)
@@ -68,6 +71,8 @@ class ModuleFunction(TorchFunction):
                 replaced = skeleton.unload(weights)
                 put_back(before)
                 pool.give_back(skeleton)
+            if channels_last:
+                output = to_flax_layout(output)
             lost = replaced.keys() - kept
             if watched:
                 lost |= {i for i, v in zip(watched, versions, strict=True) if weights[i]._version != v}
@@ -85,7 +90,11 @@ class ModuleFunction(TorchFunction):
             args, kwargs = fill(tensors[len(self._names) :])
             self._check_shapes(weights)
             skeleton = self._pool.borrow()
+            if self._module.channels_last:
+                args, kwargs = to_torch_layout((args, kwargs))
             output, after = self._observe(skeleton, weights, args, kwargs)
+            if self._module.channels_last:
+                output = to_flax_layout(output)
             self._pool.give_back(skeleton)  # one in which the forward failed is not used again
             return output, [after[self._names[i]] for i in self.state_operands]
 

@@ -11,6 +11,7 @@ import torchleaf
 from fresh_process import run_python
 
 FUNCTIONS = [
+    "doctor",
     "load_state_dict",
     "stack",
     "state_dict",
