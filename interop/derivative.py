@@ -3,16 +3,17 @@
 Cotangents follow JAX's convention: for complex values they are the conjugate of torch's gradients.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import cached_property
 
 import torch
 
 from . import residuals, reverse
-from .aten import WatchWrites
 from .batching import vmap
 from .call import Aval, Linearized, Tensors, TorchCall, take
-from .dtypes import is_inexact
+from .hidden_writes import hidden_writes
+from .once import Once
 from .trial import trial_run
 
 
@@ -140,6 +141,7 @@ class Jvp(_Derivative):
     @cached_property
     def _strategy(self) -> Callable[..., Tensors]:
         """Forward mode where torch has every formula; else reverse mode twice; else plain autograd."""
+        _load_forward_mode()
         if self.inner.composable and trial_run(self._trial(_forward_mode), self.in_avals) is None:
             return _forward_mode
         pullback = self.inner.derive(Vjp, self.active, self.outs, False)
@@ -153,6 +155,14 @@ class Jvp(_Derivative):
             return strategy(*self._function(primals), tangents)
 
         return run
+
+
+@Once
+def _load_forward_mode() -> None:
+    """torch compiles some formulas when it first needs any, with a deprecation warning of TorchScript's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
 
 
 def _forward_mode(function: Callable[..., Tensors], xs: Tensors, tangents: Tensors) -> Tensors:
@@ -195,10 +205,10 @@ class Vjp(_Derivative):
 
     def prepare(self) -> None:
         super().prepare()
-        self.base.derive(writes_in_backward)
+        self.base.derive(hidden_writes)
 
     def _split(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
-        if self.base.derive(writes_in_backward):
+        if self.base.derive(hidden_writes):
             tensors = tuple(x.clone() for x in tensors)
         return super()._split(tensors)
 
@@ -226,26 +236,6 @@ class Vjp(_Derivative):
         primals, cotangents = self._split(tensors)
         function, xs = self._function(primals)
         return reverse.conj(reverse.pullback(function, xs, reverse.conj(cotangents)))
-
-
-def writes_in_backward(call: TorchCall) -> bool:
-    """Whether torch's backward pass of a call writes into an operand it saved or into a cotangent, as far as is known.
-
-    Hooks (`x.register_hook(lambda g: g.clamp_(-1, 1))`) and custom functions do, into memory of JAX's.
-    """
-    active = tuple(i for i, aval in enumerate(call.in_avals) if is_inexact(aval.dtype))
-    seen: list[bool] = []
-
-    def backward(*tensors: torch.Tensor) -> None:
-        with WatchWrites(tensors) as watch:
-            vjp = Vjp(call, active, call.inexact_outs, live=False)
-            primals, cotangents = _Derivative._split(vjp, tensors)
-            function, xs = vjp._function(primals)
-            reverse.pullback(function, xs, cotangents)
-        seen.append(watch.seen)
-
-    cotangents = [call.out_avals[i] for i in call.inexact_outs]
-    return not call.composable or trial_run(backward, (*call.in_avals, *cotangents)) is not None or any(seen)
 
 
 class PerExampleVjp(TorchCall):

@@ -31,6 +31,7 @@ from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradien
 
 from .batching import vmap
 from .call import Aval, Tensors, TorchCall
+from .hidden_writes import hidden_writes
 from .kernels import compiling
 
 HANDLE = Aval((2,), np.dtype(np.int32))
@@ -76,6 +77,7 @@ class Save(TorchCall):
 
     def prepare(self) -> None:
         self._graphed.prepare()
+        self.base.derive(hidden_writes)
 
     @property
     def composable(self) -> bool:
@@ -86,7 +88,7 @@ class Save(TorchCall):
             return (*self._plain.execute(*tensors), _no_graph())
         given = list(tensors)
         for i in self._shared:
-            given[i] = tensors[i].expand(self.batch[1], *tensors[i].shape)  # pyright: ignore[reportOptionalSubscript]
+            given[i] = given[i].expand(self.batch[1], *given[i].shape)  # pyright: ignore[reportOptionalSubscript]
         graph = Graph(self._graphed, self.active, self.batch)
         try:
             outs = graph.forward(tuple(given))

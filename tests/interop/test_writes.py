@@ -10,7 +10,7 @@ import torch
 from compare import assert_trees_close, eager_and_jit, from_torch
 from samples import as_torch, raw_bytes
 from torch.nn import functional as F
-from torchleaf import to_jax, torch_function
+from torchleaf import TorchCallError, to_jax, torch_function
 
 X = jnp.arange(6.0).reshape(2, 3) / 3 - 0.5
 SHAPE = jax.ShapeDtypeStruct((2, 3), jnp.float32)
@@ -341,18 +341,23 @@ def _where_gradients_are_recorded(x, w):
 
 @residuals
 @eager_and_jit
-@pytest.mark.parametrize(
-    ("function", "factor"),
-    [(_where_gradients_are_enabled, 3), (_where_gradients_are_recorded, 1)],
-    ids=["enabled", "recorded"],
-)
-def test_a_write_that_depends_on_gradients(function, factor, jit, residuals):
-    """`factor` is that of the call without gradients; torch enables gradients by default, and records them for leaves
-    alone."""
-    fn, x, w = torch_function(function, residuals=residuals), X + 1, X * 2
+def test_a_write_where_gradients_are_enabled(jit, residuals):
+    """torch enables them by default."""
+    fn, x, w = torch_function(_where_gradients_are_enabled, residuals=residuals), X + 1, X * 2
     with unchanged(x, w):
-        assert_trees_close(jit(fn)(x, w), factor * (x * w).sum())
+        assert_trees_close(jit(fn)(x, w), 3 * (x * w).sum())
         assert_trees_close(jit(jax.value_and_grad(fn))(x, w), (3 * (x * w).sum(), 3 * w))
+
+
+@residuals
+@eager_and_jit
+def test_a_write_where_gradients_are_recorded(jit, residuals):
+    """The value and the gradient would be of two functions."""
+    fn, x, w = torch_function(_where_gradients_are_recorded, residuals=residuals), X + 1, X * 2
+    with unchanged(x, w):
+        assert_trees_close(jit(fn)(x, w), (x * w).sum())
+        with pytest.raises(TorchCallError, match="writes into an argument only where that requires gradients"):
+            jit(jax.grad(fn))(x, w)
 
 
 class _WritesInBackward(torch.autograd.Function):
