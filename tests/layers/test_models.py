@@ -32,16 +32,6 @@ def test_bert_gradients(jit, ids, mask):
     assert_trees_close(grads.params, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_bert_with_hidden_states_and_attentions(ids):
-    """Options are static keywords; tuples inside the output class. transformers prepares itself on the first call."""
-    module = bert().eval()
-    module(ids, output_hidden_states=True)
-    output = eqx.filter_jit(torchleaf.TorchModule(module))(from_torch(ids), output_hidden_states=True)
-    expected = module(ids, output_hidden_states=True)
-    assert len(output.hidden_states) == 3
-    assert_trees_close(output.hidden_states, from_torch(expected.hidden_states))
-
-
 @eager_and_filter_jit
 def test_gpt2_logits(jit, ids):
     module = gpt2().eval()

@@ -16,6 +16,9 @@ from transformers.modeling_outputs import BaseModelOutput
 each_model = pytest.mark.parametrize("name", BUILDERS)
 
 
+_jitted_call = eqx.filter_jit(lambda model, kwargs: model(**kwargs))
+
+
 def _result(output):
     """The tensor a loss is computed from."""
     return output.get("logits", output.get("last_hidden_state"))
@@ -43,6 +46,16 @@ def test_whole_output_in_evaluation(name, jit):
     assert list(output) == list(expected)
     assert_trees_close(output, from_torch(expected), rtol=1e-4, atol=1e-5)
     assert snapshot(module) == before
+
+
+@each_model
+def test_hidden_states(name):
+    """transformers prepares a model for them in the first call that asks for them; here that is a compiled one."""
+    module, inputs = BUILDERS[name]().eval(), inputs_for(name)
+    before = snapshot(module)
+    output = _jitted_call(torchleaf.TorchModule(module), {**torchleaf.to_jax(inputs), "output_hidden_states": True})
+    assert snapshot(module) == before
+    assert_trees_close(output, from_torch(module(**inputs, output_hidden_states=True)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("residuals", ["live", "recompute"])
@@ -104,8 +117,6 @@ def test_gradients_with_dropout_are_those_of_the_same_mask(name):
 
 
 # --- caches --------------------------------------------------------------------------------------
-
-_jitted_call = eqx.filter_jit(lambda model, kwargs: model(**kwargs))
 
 
 @eager_and_filter_jit
