@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .aten import bound
 from .errors import RandomnessError
 
+_autograd = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 _functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 _IN_PLACE = {"bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "normal_", "random_", "uniform_"}
@@ -37,7 +38,7 @@ _OF_A_SIZE = {"rand", "rand_like", "randint", "randint_like", "randn", "randn_li
 _EXAMPLE_BY_EXAMPLE = _IN_PLACE | _LIKE_AN_ARGUMENT | _OF_A_SIZE
 """Ops to which `torch.func.vmap` gives the batch as leading axes."""
 
-_DROPOUT_RATES = {name: ("p",) for name in ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout")}
+_DROPOUT_RATES = dict.fromkeys(("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"), ("p",))
 """Where the rate is called `p`; elsewhere `p` is a probability, and numbers are drawn for zero, too."""
 
 _KEY_SHAPES = ((2,), (4,))
@@ -165,11 +166,11 @@ class WithKey(TorchDispatchMode):
 
 def _refuse_checkpoint(op: Any) -> None:
     """The backward pass would run the op again where no key is: with another mask."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = _autograd._top_saved_tensors_default_hooks(True)
     if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":
         raise RandomnessError(
-            f"Random numbers are drawn ({op}) inside torch.utils.checkpoint, whose second run in the backward pass would "
-            "draw others. Leave it out (in transformers, `model.gradient_checkpointing_disable()`), and put "
+            f"Random numbers are drawn ({op}) inside torch.utils.checkpoint, whose second run, in the backward pass, "
+            "would draw others. Leave it out (in transformers, `model.gradient_checkpointing_disable()`), and put "
             "`jax.checkpoint` around the call to save memory."
         )
 
