@@ -39,7 +39,7 @@ def hidden_writes(call: TorchCall) -> bool:
         in_backward.append(watch.seen)
 
     failure = trial_run(differentiate, (*call.in_avals, *cotangents)) if call.composable else None
-    if any(in_forward):
+    if any(in_forward) or "leaf Variable that requires grad is being used in an in-place" in str(failure):
         raise TorchCallError(
             f"{call.name} writes into an argument only where that requires gradients, so that it and its gradient "
             "would be of two functions. Write in all cases, or into a clone."
