@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 import jax
 import torch
 
+from . import ambient
 from .dtypes import is_inexact
 from .errors import signature_text
 from .kernels import chosen
@@ -173,7 +174,7 @@ class Base(TorchCall):
 def execute(call: TorchCall, *tensors: torch.Tensor) -> Tensors:
     """Run a call outermost, on the thread of the compiled program."""
     kernels = call.base.fused_kernels
-    with torch.no_grad():
+    with ambient.neutral(), torch.no_grad():
         if not kernels:
             return call.execute(*tensors)
         with chosen(kernels, inference=call is call.base, plain=call.plain_kernels):

@@ -12,13 +12,15 @@ import torch
 from jax.core import Tracer
 
 from . import dtypes
+from .ambient import autocast_here
 from .arguments import Arguments, Filler
 from .arrays import array_to_torch
 from .call import Aval, Residuals, VmapMethod
 from .errors import TorchCallError
+from .host_random import numpy_generator_watched
 from .kernels import COMPILED, NONE, compiled_code, plain_kernels
 from .primitive import bind
-from .random import WithKey, WithoutKey, key_operand
+from .random import PASS_A_KEY, LateKey, WithKey, WithoutKey, key_operand
 from .signature import Signature
 from .specialize import Specialized
 from .trace import Flat, Trace, Traceable, trace
@@ -152,21 +154,25 @@ class TorchFunction:
 
         With `stateful` the caller keeps those values; otherwise a call that changes state is refused.
         """
-        key_type = None if key is None else (getattr(key, "dtype", None), getattr(key, "shape", None))
+        like = key.like if isinstance(key, LateKey) else key
+        key_type = None if key is None else (getattr(like, "dtype", None), getattr(like, "shape", None))
         x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-        signature = (arguments.key, x64, key_type, stateful)
+        signature = (arguments.key, x64, autocast_here(), key_type, stateful)
         specialized = self._specialized.get(signature)
         if specialized is None:
-            specialized = self._specialized[signature] = self._specialize(arguments, key, stateful)
+            specialized = self._specialized[signature] = self._specialize(arguments, like, stateful)
         operands = arguments.operands
         if specialized.random:
-            operands = [*operands, key_operand(key, self.name)]
+            made = key.make() if isinstance(key, LateKey) else key
+            operands = [*operands, key_operand(made, self.name)]
         return specialized.rebuild(bind(specialized.call, *operands))
 
     # Hooks for the methods of modules, whose leading operands are weights.
 
     state_operands: tuple[int, ...] = ()
     """Operands whose new values a stateful caller keeps."""
+    key_remedy = PASS_A_KEY
+    """What to do where random numbers are drawn without a key."""
 
     def operand_dtypes(self, avals: Sequence[Aval]) -> list[torch.dtype]:
         """The torch dtypes the flat operands arrive in."""
@@ -205,8 +211,10 @@ class TorchFunction:
             [(a.shape, d) for a, d in zip(avals, wanted, strict=True)],
             self.state_operands,
             has_key=key is not None,
+            key_remedy=self.key_remedy,
         )
-        found = trace(traced, out_shape=self._out_shape, example=lambda: self._example(arguments, wanted))
+        with numpy_generator_watched(self.name):
+            found = trace(traced, out_shape=self._out_shape, example=lambda: self._example(arguments, wanted))
         self.check(found, stateful=stateful)
         found = replace(found, fused_kernels=found.fused_kernels | compiled_code(self._fn))
         run = self.runner(fill, found, stateful=stateful)
@@ -215,7 +223,7 @@ class TorchFunction:
         elif key is not None:
             avals, names, wanted = avals[:-1], names[:-1], wanted[:-1]
         if not (found.random or found.fakeable):
-            run = _without_key(run, self.name)
+            run = _without_key(run, self.name, self.key_remedy)
         return Specialized(run, names, avals, wanted, found, name=self.name, **self._options)
 
     def _example(self, arguments: Arguments, wanted: Sequence[torch.dtype]) -> list[torch.Tensor] | None:
@@ -247,9 +255,9 @@ def _with_key(run: Flat, *, kernels: frozenset[str]) -> Flat:
     return keyed
 
 
-def _without_key(run: Flat, name: str) -> Flat:
+def _without_key(run: Flat, name: str, remedy: str) -> Flat:
     def keyless(*tensors: torch.Tensor) -> Any:
-        with WithoutKey(name):
+        with WithoutKey(name, remedy):
             return run(*tensors)
 
     return keyless

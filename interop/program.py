@@ -16,7 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import torch
 
-from . import threads
+from . import ambient, threads
 from .call import Aval, Tensors, TorchCall, execute
 from .errors import TorchCallError, runtime_message
 
@@ -69,6 +69,7 @@ class Program:
 
     def run(self, call: TorchCall, buffers: Tensors) -> None:
         """Run the call on its operands and write what torch returned into XLA's result buffers."""
+        buffers = ambient.without_inference(buffers)
         operands = buffers[: self._n_buffers]
         before = _holders(operands)
         results = iter(buffers[self._n_buffers :])

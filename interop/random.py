@@ -15,7 +15,8 @@ import functools
 import hashlib
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -44,6 +45,8 @@ _DROPOUT_RATES = dict.fromkeys(("dropout", "alpha_dropout", "feature_dropout", "
 _KEY_SHAPES = ((2,), (4,))
 """Words of one key: threefry has two, rbg four."""
 
+PASS_A_KEY = "Pass `key=` a JAX PRNG key (under vmap one for each example: jax.random.split(key, n))"
+
 
 # --- the JAX side --------------------------------------------------------------------------------
 
@@ -51,6 +54,15 @@ _KEY_SHAPES = ((2,), (4,))
 def is_key(value: Any) -> bool:
     """Whether a value is a typed JAX PRNG key."""
     return isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+
+
+@dataclass(frozen=True)
+class LateKey:
+    """A key that is made only if a call draws, so that a stream of keys does not move for nothing."""
+
+    like: Any
+    """A key of its type."""
+    make: Callable[[], Any]
 
 
 def key_operand(key: Any, name: str) -> jax.Array:
@@ -90,25 +102,25 @@ def draws(op: Any, arguments: dict[str, Any]) -> bool:
     )
 
 
-def refuse(name: str, op: Any) -> RandomnessError:
+def refuse(name: str, op: Any, remedy: str) -> RandomnessError:
     """The error for a random op without a key."""
     return RandomnessError(
-        f"{name} draws random numbers ({op}) but was given no key. Pass `key=` a JAX PRNG key (under vmap one for each "
-        "example: jax.random.split(key, n)), or switch it off (dropout: by the module's evaluation mode)."
+        f"{name} draws random numbers ({op}) but was given no key. {remedy}, or switch it off (dropout: by the "
+        "module's evaluation mode)."
     )
 
 
 class WithoutKey(TorchDispatchMode):
     """Within it, drawing random numbers is an error."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, remedy: str):
         super().__init__()
-        self._name = name
+        self._name, self._remedy = name, remedy
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if draws(func, bound(func, args, kwargs)):
-            raise refuse(self._name, func)
+            raise refuse(self._name, func, self._remedy)
         return func(*args, **kwargs)
 
 

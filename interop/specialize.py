@@ -1,12 +1,13 @@
 """A torch callable at one signature: a `Base` call over flat tensors, and how results become the output."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import torch
 
-from . import dtypes
+from . import ambient, dtypes
 from .arguments import static_key
 from .call import Aval, Base, Tensors
 from .errors import TorchCallError
@@ -38,6 +39,7 @@ class Specialized:
         **options: Any,
     ):
         self._name, self._function, self._found = name, function, found
+        self._autocast = ambient.autocast_here()
         given = [dtypes.to_torch_dtype(aval.dtype) for aval in in_avals]
         self._conversions = [
             (i, new, i in found.mutated)
@@ -74,7 +76,8 @@ class Specialized:
             for i, dtype, written in self._conversions:
                 converted[i] = _convert(tensors[i], dtype, copy=written)
             tensors = tuple(converted)
-        output, state = self._function(*tensors)
+        with ambient.autocast(self._autocast) if self._autocast else _NO_CHANGE:
+            output, state = self._function(*tensors)
         if self._is_tensor and type(output) is torch.Tensor:
             leaves, treedef = [output], self._found.treedef
         else:
@@ -106,6 +109,9 @@ class Specialized:
                     f"{where} {leaf!r}, but {expected!r} when it was traced: an output that is not a tensor must not "
                     "depend on values. Return it as a tensor."
                 )
+
+
+_NO_CHANGE = contextlib.nullcontext()
 
 
 def _convert(tensor: torch.Tensor, dtype: torch.dtype, *, copy: bool) -> torch.Tensor:

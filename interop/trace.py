@@ -70,6 +70,8 @@ class Traceable:
     """Operands whose values after the call the function returns beside its output."""
     has_key: bool
     """Whether random ops have a key to draw from."""
+    key_remedy: str
+    """What to do where they have none."""
 
 
 def trace(traced: Traceable, *, out_shape: Any, example: Callable[[], list[torch.Tensor] | None]) -> Trace:
@@ -119,7 +121,8 @@ def _trace_values(
             "(arguments to run it on once), or call it once outside jit, grad and vmap."
         ) from cause
     try:
-        with torch.no_grad(), kernels.differentiable_path(), kernels.plain_kernels(frozenset({kernels.COMPILED})):
+        eager = kernels.plain_kernels(frozenset({kernels.COMPILED}))
+        with torch.inference_mode(False), torch.no_grad(), kernels.differentiable_path(), eager:
             found = _observe(traced, operands)
     except TorchCallError:
         raise
@@ -163,7 +166,7 @@ def _observe(traced: Traceable, operands: list[torch.Tensor]) -> Trace:
     """Run once, watching for writes into operands, random ops and tensors that stay behind. Empties `operands`."""
     name = traced.name
     storages = [StorageWeakRef(x.untyped_storage()) for x in operands]
-    observer = _Observer(name, storages, has_key=traced.has_key)
+    observer = _Observer(name, storages, None if traced.has_key else traced.key_remedy)
     with observer, torch.enable_grad():
         output, after = traced.function(*operands)
         treedef, leaves = _describe(output, name)
@@ -256,14 +259,14 @@ def _render(treedef: Any, leaves: Sequence[Any]) -> str:
 class _Observer(TorchDispatchMode):
     """Sees every op with its schema: which operands it writes into, whether it is random."""
 
-    def __init__(self, name: str, storages: Sequence[StorageWeakRef], *, has_key: bool):
+    def __init__(self, name: str, storages: Sequence[StorageWeakRef], key_remedy: str | None):
         super().__init__()
         self.name = name
         self.mutated: set[int] = set()
         self.fused_kernels: set[str] = set()
         self.operations = 0.0
         self.random = False
-        self._has_key = has_key
+        self._key_remedy = key_remedy  # None: there is a key
         self._fake = active_fake_mode() is not None  # then what the callable makes is fake, and only that
         self._operand_of = {s.cdata: i for i, s in enumerate(storages)}
 
@@ -272,8 +275,8 @@ class _Observer(TorchDispatchMode):
         arguments = bound(func, args, kwargs)
         self.fused_kernels |= kernels.fused_kernels(func.name(), arguments)
         if draws(func, arguments):
-            if not self._has_key:
-                raise refuse(self.name, func)
+            if self._key_remedy is not None:
+                raise refuse(self.name, func, self._key_remedy)
             self.random = True
         for tensor in written(func, arguments):
             self._note_write(tensor)

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import dtypes
+from .ambient import neutral
 from .kernels import COMPILED, differentiable_path, plain_kernels
 from .packed import BatchSizes
 
@@ -24,7 +25,13 @@ def fake_mode() -> Iterator[None]:
     _fake_logger.disabled = True  # it logs a traceback for each failure, which we report ourselves
     eager = plain_kernels(frozenset({COMPILED}))  # code met here in a mode would never be compiled again
     try:
-        with _FakeMode(allow_non_fake_inputs=True), torch.no_grad(), differentiable_path(), eager:
+        with (
+            torch.inference_mode(False),
+            _FakeMode(allow_non_fake_inputs=True),
+            torch.no_grad(),
+            differentiable_path(),
+            eager,
+        ):
             yield
     finally:
         _fake_logger.disabled = was_disabled
@@ -62,7 +69,7 @@ def _without_vmap_fallback() -> Iterator[None]:
 def trial_run(function: Callable[..., Any], avals: Sequence[Any]) -> Exception | None:
     """Run `function` on fake tensors; the exception it raised, if any."""
     try:
-        with fake_mode(), plain_kernels(), _without_vmap_fallback():
+        with neutral(), fake_mode(), plain_kernels(), _without_vmap_fallback():
             function(*empty_like_avals(avals))
     except Exception as exc:
         return exc

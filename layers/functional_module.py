@@ -4,6 +4,7 @@ The skeleton is a copy of the module whose parameters and buffers lie on the met
 tensors in their place as `torch.func.functional_call` does, in a copy that no other thread is using.
 """
 
+import sys
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from ..interop import dtypes
 from ..interop.arrays import tensor_to_jax
 from ..interop.errors import StateError
 from ..interop.function import check_options
+from ..interop.random import PASS_A_KEY
 from .module_function import ModuleFunction, Weights
 from .skeleton import SkeletonPool, copy_replacing, in_mode, named_tensors
 
@@ -40,19 +42,29 @@ class FunctionalModule:
 
     - `module`: an initialised `torch.nn.Module`; it is left as it is.
     - `remedy`: what to do, in the terms of one's framework, where buffers change.
+    - `key_remedy`: likewise, where random numbers are drawn without a key.
     - `channels_last`: arrays have their channels in the last axis, torch's tensors in the second.
     - `options`: those of `torch_function`.
     """
 
-    def __init__(self, module: torch.nn.Module, *, remedy: str, channels_last: bool = False, **options: Any):
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        *,
+        remedy: str,
+        key_remedy: str = PASS_A_KEY,
+        channels_last: bool = False,
+        **options: Any,
+    ):
         _check_module(module)
         _warn_of_compilation_in_place(module)
         check_options(options["vmap_method"], options["residuals"])
         self.name = type(module).__name__
         self.training = module.training
         self.specs = {name: Spec(_kind(t), tuple(t.shape), t.dtype) for name, t in named_tensors(module)}
-        self._options, self.remedy, self.channels_last = options, remedy, channels_last
+        self._options, self.remedy, self.key_remedy, self.channels_last = options, remedy, key_remedy, channels_last
         self.skeleton = copy_replacing(module, {t: _on_meta(t) for _, t in named_tensors(module)})
+        _prepare(self.skeleton)
         self._functions: dict[tuple[str, bool], ModuleFunction] = {}
         self._pools: dict[bool, SkeletonPool] = {}
 
@@ -108,6 +120,15 @@ class FunctionalModule:
             and self._options == other._options
             and repr(self.skeleton) == repr(other.skeleton)
         )
+
+
+def _prepare(skeleton: torch.nn.Module) -> None:
+    """What transformers does to a model in its first call that returns hidden states: install hooks to collect them."""
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    if capturing is not None:
+        for part in skeleton.modules():
+            if hasattr(type(part), "_can_record_outputs"):
+                capturing.maybe_install_capturing_hooks(part)
 
 
 def _kind(tensor: torch.Tensor) -> Kind:

@@ -30,6 +30,7 @@ class ModuleFunction(TorchFunction):
         self._module, self._method, self._pool = module, method, pool
         self._names = sorted(module.specs)
         self.state_operands = tuple(i for i, name in enumerate(self._names) if module.specs[name].kind == "buffers")
+        self.key_remedy = module.key_remedy
         self._assigned: set[tuple[str, str]] = set()
         name = module.name if method == "forward" else f"{module.name}.{method}"
         super().__init__(getattr(module.skeleton, method), name=name, **module._options)

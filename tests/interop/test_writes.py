@@ -327,23 +327,17 @@ def test_gradient_through_a_write():
     assert_trees_close(jax.grad(argument)(X), jnp.exp(X))
 
 
-def _where_gradients_are_enabled(x, w):
-    if torch.is_grad_enabled():
-        w.mul_(3)
-    return (x * w).sum()
-
-
-def _where_gradients_are_recorded(x, w):
-    if x.requires_grad:
-        w.mul_(3)
-    return (x * w).sum()
-
-
 @residuals
 @eager_and_jit
 def test_a_write_where_gradients_are_enabled(jit, residuals):
-    """torch enables them by default."""
-    fn, x, w = torch_function(_where_gradients_are_enabled, residuals=residuals), X + 1, X * 2
+    """As they are by default in torch, in a call without derivatives too."""
+
+    def in_place(x, w):
+        if torch.is_grad_enabled():
+            w.mul_(3)
+        return (x * w).sum()
+
+    fn, x, w = torch_function(in_place, residuals=residuals), X + 1, X * 2
     with unchanged(x, w):
         assert_trees_close(jit(fn)(x, w), 3 * (x * w).sum())
         assert_trees_close(jit(jax.value_and_grad(fn))(x, w), (3 * (x * w).sum(), 3 * w))
@@ -351,12 +345,19 @@ def test_a_write_where_gradients_are_enabled(jit, residuals):
 
 @residuals
 @eager_and_jit
-def test_a_write_where_gradients_are_recorded(jit, residuals):
-    """The value and the gradient would be of two functions."""
-    fn, x, w = torch_function(_where_gradients_are_recorded, residuals=residuals), X + 1, X * 2
+@pytest.mark.parametrize("written", [0, 1], ids=["differentiated", "other"])
+def test_a_write_where_gradients_are_recorded(written, jit, residuals):
+    """Such a function is another one where it is differentiated."""
+
+    def in_place(*arguments):
+        if arguments[0].requires_grad:
+            arguments[written].mul_(3)
+        return (arguments[0] * arguments[1]).sum()
+
+    fn, x, w = torch_function(in_place, residuals=residuals), X + 1, X * 2
     with unchanged(x, w):
         assert_trees_close(jit(fn)(x, w), (x * w).sum())
-        with pytest.raises(TorchCallError, match="writes into an argument only where that requires gradients"):
+        with pytest.raises(TorchCallError, match=r"in_place writes into an argument only where .* requires gradients"):
             jit(jax.grad(fn))(x, w)
 
 
