@@ -1,10 +1,9 @@
 """What torch says of an aten op: its arguments by name, and which tensors it writes into."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def bound(op: Any, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -32,18 +31,3 @@ def _updates_statistics(op: Any, arguments: dict[str, Any]) -> bool:
     """Whether a batch norm writes into its running statistics, which most of its variants do not declare."""
     in_training = arguments.get("training", arguments.get("train", True))
     return in_training and not any(mark in op.name() for mark in ("backward", "functional", "_no_"))
-
-
-class WatchWrites(TorchDispatchMode):
-    """Notes whether an op within it writes into one of `tensors`, or a view of one."""
-
-    def __init__(self, tensors: Sequence[torch.Tensor]):
-        super().__init__()
-        self.seen = False
-        self._storages = {x.untyped_storage()._cdata for x in tensors}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        targets = written(func, bound(func, args, kwargs))
-        self.seen |= any(x.untyped_storage()._cdata in self._storages for x in targets)
-        return func(*args, **kwargs)

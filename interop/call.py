@@ -125,6 +125,7 @@ class Base(TorchCall):
     - `operand_names`: how errors call the operands.
     - `state`: operands that are state, each with the output that is its new value.
     - `fakeable`: whether `function` can run on fake tensors (False if it inspects values).
+    - `grad_mode`: whether `function` has to run in torch's default grad mode in any case.
     - `fused_kernels`: those it uses that are replaced under higher derivatives (`kernels.py`).
     - `forward_mode`, `vmap_method`, `residuals`: the user's options.
     """
@@ -140,6 +141,7 @@ class Base(TorchCall):
         state: tuple[tuple[int, int], ...],
         operations: float,
         fakeable: bool,
+        grad_mode: bool,
         fused_kernels: frozenset[str],
         forward_mode: bool,
         vmap_method: VmapMethod,
@@ -148,12 +150,15 @@ class Base(TorchCall):
         super().__init__()
         self.base = self
         self.function, self.name, self._operand_names = function, name, operand_names
-        self.operations, self.fakeable, self.fused_kernels = operations, fakeable, fused_kernels
+        self.operations, self.fused_kernels = operations, fused_kernels
+        self.fakeable, self.grad_mode = fakeable, grad_mode
         self.in_avals, self.out_avals, self.state = tuple(in_avals), tuple(out_avals), state
         self.forward_mode, self.vmap_method, self.residuals = forward_mode, vmap_method, residuals
         self.warned = False  # about falling back to a loop
 
     def run(self, *tensors: torch.Tensor) -> Tensors:
+        if not self.grad_mode:
+            return self.function(*tensors)
         with torch.enable_grad():  # torch's default: the callable may take gradients itself
             return self.function(*tensors)
 

@@ -59,6 +59,7 @@ class Specialized:
             state=tuple(zip(found.state, range(self._n_outs, len(out_avals)), strict=True)),
             operations=found.operations,
             fakeable=found.fakeable,
+            grad_mode=found.grad_mode,
             fused_kernels=found.fused_kernels,
             **options,
         )

@@ -51,6 +51,8 @@ class Trace:
     """Whether it draws random numbers, or may draw them depending on values."""
     fakeable: bool = True
     """Whether it runs on fake tensors."""
+    grad_mode: bool = True
+    """Whether it has to run in torch's default grad mode also where nothing is differentiated."""
 
     @property
     def out_avals(self) -> tuple[Aval, ...]:
@@ -77,8 +79,7 @@ class Traceable:
 def trace(traced: Traceable, *, out_shape: Any, example: Callable[[], list[torch.Tensor] | None]) -> Trace:
     """Trace a callable: on fake tensors; or by the caller's `out_shape`; or by one real run on `example()`."""
     try:
-        with fake_mode():
-            found = _observe(traced, [torch.empty(s, dtype=d) for s, d in traced.specs])
+        found = _observe_fake(traced, grad_mode=True)
     except TorchCallError:
         raise
     except Exception as exc:
@@ -89,6 +90,8 @@ def trace(traced: Traceable, *, out_shape: Any, example: Callable[[], list[torch
         return _trace_values(traced, out_shape, example, reason, exc)
     if out_shape is not None:
         _compare(declared(out_shape), (found.treedef, found.leaves), traced.name)
+    if "recurrent" in found.fused_kernels:  # oneDNN's are faster where no gradients are recorded
+        return replace(found, grad_mode=not _is_same_without_gradients(traced, found))
     return found
 
 
@@ -162,12 +165,26 @@ def _why_not_fakeable(exc: Exception) -> str | None:
     return None
 
 
-def _observe(traced: Traceable, operands: list[torch.Tensor]) -> Trace:
+def _observe_fake(traced: Traceable, *, grad_mode: bool) -> Trace:
+    with fake_mode():
+        return _observe(traced, [torch.empty(s, dtype=d) for s, d in traced.specs], grad_mode=grad_mode)
+
+
+def _is_same_without_gradients(traced: Traceable, found: Trace) -> bool:
+    """Whether the callable does the same in torch's no_grad mode, as far as a trace tells."""
+    try:
+        other = _observe_fake(traced, grad_mode=False)
+    except Exception:  # it takes gradients itself
+        return False
+    return replace(other, operations=found.operations) == found
+
+
+def _observe(traced: Traceable, operands: list[torch.Tensor], *, grad_mode: bool = True) -> Trace:
     """Run once, watching for writes into operands, random ops and tensors that stay behind. Empties `operands`."""
     name = traced.name
     storages = [StorageWeakRef(x.untyped_storage()) for x in operands]
     observer = _Observer(name, storages, None if traced.has_key else traced.key_remedy)
-    with observer, torch.enable_grad():
+    with observer, torch.set_grad_enabled(grad_mode):
         output, after = traced.function(*operands)
         treedef, leaves = _describe(output, name)
         state = {i: x for i, x in zip(traced.state_operands, after, strict=True) if x is not operands[i]}

@@ -34,18 +34,19 @@ def test_page(page, tmp_path, monkeypatch):
 
 # What each docstring's example takes for granted.
 SETUP = {
-    "torch_function": "x, y = jnp.ones(3), jnp.zeros(3)",
-    "TorchModule": """
+    "function.torch_function": "x, y = jnp.ones(3), jnp.zeros(3)",
+    "equinox.TorchModule": """
         x, y = jnp.ones((64, 3)), jnp.zeros((64, 4))
         loss = lambda encoder, x, y: jnp.mean((jax.vmap(encoder)(x) - y) ** 2)
     """,
-    "trainable": "model, optimizer = torchleaf.TorchModule(torch.nn.Linear(3, 4)), optax.adamw(1e-3)",
-    "stack": "make, x = lambda: torchleaf.TorchModule(torch.nn.Linear(3, 4)), jnp.ones(3)",
+    "nnx.TorchModule": "from flax import nnx",
+    "equinox_tools.trainable": "model, optimizer = torchleaf.TorchModule(torch.nn.Linear(3, 4)), optax.adamw(1e-3)",
+    "equinox_tools.stack": "make, x = lambda: torchleaf.TorchModule(torch.nn.Linear(3, 4)), jnp.ones(3)",
 }
 
 
 def docstrings_with_code() -> dict[str, str]:
-    """Qualified name to docstring, for whatever the package defines."""
+    """File and qualified name to docstring, for whatever the package defines."""
     found = {}
     for info in pkgutil.walk_packages(torchleaf.__path__, "torchleaf."):
         if not info.name.startswith(("torchleaf.interop", "torchleaf.layers")):
@@ -57,7 +58,7 @@ def docstrings_with_code() -> dict[str, str]:
             members = vars(thing).values() if inspect.isclass(thing) else ()
             for part in (thing, *filter(inspect.isfunction, members)):
                 if FENCE.search(inspect.cleandoc(part.__doc__ or "")):
-                    found[part.__qualname__] = inspect.cleandoc(part.__doc__)
+                    found[f"{info.name.rpartition('.')[2]}.{part.__qualname__}"] = inspect.cleandoc(part.__doc__)
     return found
 
 
