@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.core import Tracer
 
 from .functional_module import FunctionalModule, Kind
 
@@ -33,3 +35,8 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 def unnest(nested: Mapping[str, Any]) -> dict[str, Any]:
     """`{"0": {"weight": x}}` as `{"0.weight": x}`."""
     return flatten_dict(nested, sep=".")
+
+
+def stop_gradient(x: Any) -> Any:
+    """`jax.lax.stop_gradient`, at no cost where nothing is traced."""
+    return jax.lax.stop_gradient(x) if isinstance(x, Tracer) else x

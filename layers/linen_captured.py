@@ -1,0 +1,101 @@
+"""A torch module taken apart for Linen: once, however often Linen clones a module or a compact method wraps it."""
+
+import inspect
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import torch
+
+from ..interop.call import Residuals, VmapMethod
+from .flax_common import Collection, collections
+from .functional_module import FunctionalModule
+from .unchanged import snapshot, unchanged
+
+_known: "weakref.WeakKeyDictionary[torch.nn.Module, dict[Any, tuple[Any, FunctionalModule]]]"
+_known = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A torch module taken apart, and how: what all clones that Linen makes of a module share."""
+
+    source: torch.nn.Module
+    options: tuple[Any, ...]
+    module: FunctionalModule
+    collections: dict[str, Collection] = field(compare=False)
+    """Of each weight, by torch name."""
+    _parameters: dict[str, frozenset[str]] = field(compare=False, default_factory=dict)
+
+    @classmethod
+    def of(cls, source: torch.nn.Module, options: tuple[Any, ...]) -> "Captured":
+        """What was made of the module before with these options, if it has not changed since."""
+        if not isinstance(source, torch.nn.Module):
+            module = _take_apart(source, *options)  # which refuses it
+        else:
+            present, (before, module) = snapshot(source), _known.get(source, {}).get(options, (None, None))
+            if module is None or not unchanged(before, present):
+                module = _take_apart(source, *options)
+                _known.setdefault(source, {})[options] = (present, module)
+        return cls(source, options, module, collections(module))
+
+    def by_collection(self) -> dict[Collection, dict[str, None]]:
+        """Collection to the torch names in it."""
+        return {
+            col: {name: None for name, c in self.collections.items() if c == col}
+            for col in dict.fromkeys(self.collections.values())
+        }
+
+    def state_collections(self) -> list[Collection]:
+        """Those that a forward may change."""
+        return sorted({col for col in self.collections.values() if col in ("batch_stats", "buffers")})
+
+    def has_method(self, name: str) -> bool:
+        """Whether the torch module has a method of its own by this name, or a submodule."""
+        return not hasattr(torch.nn.Module, name) and callable(getattr(self.module.skeleton, name, None))
+
+    def parameters(self, method: str) -> frozenset[str]:
+        """The names of the arguments of a method."""
+        if method not in self._parameters:
+            function = getattr(self.module.skeleton, method, lambda: None)
+            self._parameters[method] = frozenset(inspect.signature(function).parameters)
+        return self._parameters[method]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A pytree that Flax takes as it is, and that can be compared and hashed."""
+
+    leaves: list[Any]
+    treedef: Any
+
+    def __hash__(self) -> int:
+        return hash((tuple(self.leaves), self.treedef))
+
+
+def _take_apart(
+    module: torch.nn.Module,
+    vmap_method: VmapMethod,
+    residuals: Residuals,
+    forward_mode: bool,
+    out_shape: Tree | None,
+    channels_last: bool,
+    rng_collection: str,
+) -> FunctionalModule:
+    made = FunctionalModule(
+        module,
+        remedy="",
+        key_remedy=f'Pass `rngs={{"{rng_collection}": key}}` to `apply`',
+        channels_last=channels_last,
+        vmap_method=vmap_method,
+        residuals=residuals,
+        forward_mode=forward_mode,
+        out_shape=None if out_shape is None else jax.tree.unflatten(out_shape.treedef, out_shape.leaves),
+    )
+    mutable = sorted({col for col in collections(made).values() if col in ("batch_stats", "buffers")})
+    made.remedy = (
+        f"Call it with `apply(..., mutable={mutable})`, which gives `(output, updates)`; or in evaluation mode "
+        "(`train=False`), in which layers like BatchNorm do not update.".replace("'", '"')
+    )
+    return made
