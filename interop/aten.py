@@ -31,3 +31,9 @@ def _updates_statistics(op: Any, arguments: dict[str, Any]) -> bool:
     """Whether a batch norm writes into its running statistics, which most of its variants do not declare."""
     in_training = arguments.get("training", arguments.get("train", True))
     return in_training and not any(mark in op.name() for mark in ("backward", "functional", "_no_"))
+
+
+def in_checkpoint() -> bool:
+    """Whether code is running within `torch.utils.checkpoint`, which runs it again in the backward pass."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"

@@ -27,10 +27,9 @@ from torch._functorch import pyfunctorch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .aten import bound
+from .aten import bound, in_checkpoint
 from .errors import RandomnessError
 
-_autograd = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 _functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 _IN_PLACE = {"bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "normal_", "random_", "uniform_"}
@@ -178,8 +177,7 @@ class WithKey(TorchDispatchMode):
 
 def _refuse_checkpoint(op: Any) -> None:
     """The backward pass would run the op again where no key is: with another mask."""
-    hooks = _autograd._top_saved_tensors_default_hooks(True)
-    if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint":
+    if in_checkpoint():
         raise RandomnessError(
             f"Random numbers are drawn ({op}) inside torch.utils.checkpoint, whose second run, in the backward pass, "
             "would draw others. Leave it out (in transformers, `model.gradient_checkpointing_disable()`), and put "

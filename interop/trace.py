@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import dtypes, kernels
-from .aten import bound, written
+from .aten import bound, in_checkpoint, written
 from .call import Aval
 from .errors import CapturedWriteError, StateError, TorchCallError, quote, signature_text
 from .operations import operations
@@ -49,6 +49,8 @@ class Trace:
     """How many floating-point operations it takes, about (`operations.py`)."""
     random: bool
     """Whether it draws random numbers, or may draw them depending on values."""
+    checkpoints: bool = False
+    """Whether it uses `torch.utils.checkpoint`."""
     fakeable: bool = True
     """Whether it runs on fake tensors."""
     grad_mode: bool = True
@@ -134,7 +136,8 @@ def _trace_values(
             f"{traced.name} {reason}, and running it on example values failed.\ntorch said: {quote(exc)}\n"
             "Pass `out_shape=` (a pytree of jax.ShapeDtypeStruct like the output)."
         ) from exc
-    return replace(anything, treedef=found.treedef, leaves=found.leaves, operations=found.operations)
+    known = {"treedef": found.treedef, "leaves": found.leaves, "checkpoints": found.checkpoints}
+    return replace(anything, **known, operations=found.operations)
 
 
 def _depends_on_values(exc: Exception) -> bool:
@@ -189,6 +192,9 @@ def _observe(traced: Traceable, operands: list[torch.Tensor], *, grad_mode: bool
         treedef, leaves = _describe(output, name)
         state = {i: x for i, x in zip(traced.state_operands, after, strict=True) if x is not operands[i]}
         _check_state(traced, state)
+    observer.mutated |= {  # by `tensor.data = ...`
+        i for i, (x, s) in enumerate(zip(operands, storages, strict=True)) if x.untyped_storage()._cdata != s.cdata
+    }
     changed = tuple(i for i in traced.state_operands if i in state or i in observer.mutated)
     del output, after, state
     operands.clear()
@@ -209,6 +215,7 @@ def _observe(traced: Traceable, operands: list[torch.Tensor], *, grad_mode: bool
         fused_kernels=frozenset(observer.fused_kernels),
         operations=observer.operations,
         random=observer.random,
+        checkpoints=observer.checkpoints,
     )
 
 
@@ -282,7 +289,7 @@ class _Observer(TorchDispatchMode):
         self.mutated: set[int] = set()
         self.fused_kernels: set[str] = set()
         self.operations = 0.0
-        self.random = False
+        self.random = self.checkpoints = False
         self._key_remedy = key_remedy  # None: there is a key
         self._fake = active_fake_mode() is not None  # then what the callable makes is fake, and only that
         self._operand_of = {s.cdata: i for i, s in enumerate(storages)}
@@ -295,6 +302,7 @@ class _Observer(TorchDispatchMode):
             if self._key_remedy is not None:
                 raise refuse(self.name, func, self._key_remedy)
             self.random = True
+        self.checkpoints |= in_checkpoint()
         for tensor in written(func, arguments):
             self._note_write(tensor)
         output = func(*args, **kwargs)

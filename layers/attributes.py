@@ -108,7 +108,9 @@ def stray_tensors(
     """Attributes, by dotted name, that hold tensors sharing memory with `aliasing`, or fake tensors."""
     storages = {t.untyped_storage()._cdata for t in aliasing}
     for path, submodule in module.named_modules():
-        for name, value in vars(submodule).items():
+        attributes = {**vars(submodule), **submodule._buffers}
+        del attributes["_buffers"]
+        for name, value in attributes.items():
             for leaf in torch_pytree.tree_leaves(value):
                 if isinstance(leaf, torch.Tensor) and (
                     (fake and isinstance(leaf, FakeTensor)) or leaf.untyped_storage()._cdata in storages

@@ -158,12 +158,15 @@ class TorchModule(eqx.nn.StatefulLayer):
         if state is None or self.buffer_index is None:
             return self.buffers
         try:
-            return state.get(self.buffer_index)
+            buffers = state.get(self.buffer_index)
         except KeyError:
+            buffers = {}
+        if not self.module.fits("buffers", buffers):
             raise StateError(
                 f"{self.module.name}: `state` holds no buffers of this model. Make both together: "
                 "`model, state = eqx.nn.make_with_state(...)(...)`."
-            ) from None
+            )
+        return buffers
 
     def with_buffers(self, state: eqx.nn.State, changed: dict[str, Any]) -> eqx.nn.State:
         """A state in which some of torch's buffers, by name, have new values."""

@@ -6,6 +6,7 @@ tensors in their place as `torch.func.functional_call` does, in a copy that no o
 
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -81,6 +82,13 @@ class FunctionalModule:
                 self._pools[inference] = SkeletonPool(self.skeleton, training=not inference)
             self._functions[key] = ModuleFunction(self, method, self._pools[inference])
         return self._functions[key]
+
+    def fits(self, kind: Kind, leaves: Mapping[str, Any]) -> bool:
+        """Whether leaves are, by names and shapes, the weights of one kind, or several such stacked."""
+        shapes = {name: spec.shape for name, spec in self.specs.items() if spec.kind == kind}
+        return shapes.keys() == leaves.keys() and all(
+            tuple(leaves[name].shape[leaves[name].ndim - len(shape) :]) == shape for name, shape in shapes.items()
+        )
 
     def leaves(self, module: torch.nn.Module, *, copy: bool) -> dict[Kind, dict[str, jax.Array]]:
         """The weights of `module` as jax arrays, by kind and torch name: views where JAX can view them."""

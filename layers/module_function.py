@@ -157,6 +157,12 @@ class ModuleFunction(TorchFunction):
         return restored + super().operand_dtypes(avals[len(specs) :])
 
     def check(self, found: Trace, *, stateful: bool) -> None:
+        if found.checkpoints:
+            raise TorchCallError(
+                f"{self.name} uses torch.utils.checkpoint, whose second run, in the backward pass, would find a module "
+                "without its weights. Switch it off (in transformers, `model.gradient_checkpointing_disable()`), and "
+                "put `jax.checkpoint` around the call to save memory."
+            )
         if found.state and found.fakeable and not stateful:
             self._refuse_changes(found.state)
 
