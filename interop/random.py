@@ -51,8 +51,9 @@ PASS_A_KEY = "Pass `key=` a JAX PRNG key (under vmap one for each example: jax.r
 
 
 def is_key(value: Any) -> bool:
-    """Whether a value is a typed JAX PRNG key."""
-    return isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    """Whether a value is a typed JAX PRNG key, or stands for one."""
+    is_typed = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    return is_typed or isinstance(value, LateKey)
 
 
 @dataclass(frozen=True)

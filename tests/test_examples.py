@@ -23,7 +23,6 @@ def example():
     return module
 
 
-@pytest.mark.slow
 def test_train_digits(tmp_path):
     plot = tmp_path / "digits.png"
     result = subprocess.run([sys.executable, SCRIPT, "--output", plot], capture_output=True, text=True)

@@ -272,7 +272,6 @@ def test_traced_array_raises(transform):
         transform(lambda x: to_torch((np.ones(2), x)))(jnp.ones(()) if transform is jax.grad else jnp.ones(3))
 
 
-@pytest.mark.slow
 def test_arrays_on_several_devices():
     """A sharded and a replicated array raise; one device of several, and the shards, convert."""
     script = """

@@ -276,7 +276,6 @@ def test_a_call_that_is_not_alive():
             jax.block_until_ready(_raw_call(dead))
 
 
-@pytest.mark.slow
 def test_programs_in_the_persistent_cache_are_safe(tmp_path):
     """A second process must not run the first one's programs with its own callables."""
     script = """
@@ -295,7 +294,6 @@ def test_programs_in_the_persistent_cache_are_safe(tmp_path):
         assert any(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_exit_while_a_program_runs():
     script = """
         import time, jax, jax.numpy as jnp, torch
