@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import torch
 from flax import errors
 from flax.core import FrozenDict, Scope, freeze, meta
@@ -18,6 +19,7 @@ from ..interop.call import Residuals, VmapMethod
 from ..interop.errors import StateError
 from ..interop.random import LateKey
 from .flax_common import Collection, nest, stop_gradient
+from .functional_module import FunctionalModule
 from .linen_captured import Captured, Tree
 from .reinitialize import reinitialize
 from .weights import Held, held
@@ -129,9 +131,11 @@ class TorchModule(nn.Module):
             kwargs |= {} if flags[name] is None else {name: flags[name]}
             flags = {**flags, name: None}
         function = made.module.function(method, not self._training(**flags))
-        weights = {name: self._weight(name) for name in made.collections}
+        weights, key = {name: self._weight(name) for name in made.collections}, self._key()
+        if self.is_initializing():
+            weights = _of_one_member(weights, made.module, (args, kwargs, key and key.like))
         mutable = any(self.is_mutable_collection(col) for col in made.state_collections())
-        output, changed = function.call(weights, args, kwargs, key=self._key(), stateful=mutable)
+        output, changed = function.call(weights, args, kwargs, key=key, stateful=mutable)
         if not self.is_initializing():
             self._update(changed)
         return output
@@ -206,6 +210,20 @@ class TorchModule(nn.Module):
         if self.initializer is not None:
             values |= reinitialize(self.made.module, self.initializer, values, self.make_rng)
         return {col: nest({name: values[name] for name in names}) for col, names in self.made.by_collection().items()}
+
+
+def _of_one_member(weights: dict[str, Any], module: FunctionalModule, given: Any) -> dict[str, Any]:
+    """The weights, with buffers that differ between the members of an ensemble, for all that `jax.vmap` can tell.
+
+    What `init` makes is the same for all of them until it leaves `nn.vmap`, and buffers that are shared cannot change.
+    """
+    traced = [x for x in jax.tree.leaves(given) if isinstance(x, Tracer)]
+    if not traced:
+        return weights
+    arrays = [jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in traced]
+    zero = sum(jnp.sum(jnp.ravel(x)[:0] != 0) for x in arrays)
+    is_buffer = {name: spec.kind == "buffers" for name, spec in module.specs.items()}
+    return {name: jnp.where(zero == 0, x, x) if is_buffer[name] else x for name, x in weights.items()}
 
 
 @functools.cache

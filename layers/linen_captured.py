@@ -52,8 +52,9 @@ class Captured:
         return sorted({col for col in self.collections.values() if col in ("batch_stats", "buffers")})
 
     def has_method(self, name: str) -> bool:
-        """Whether the torch module has a method of its own by this name, or a submodule."""
-        return not hasattr(torch.nn.Module, name) and callable(getattr(self.module.skeleton, name, None))
+        """Whether the torch module has a method by this name that is not one of every module."""
+        found = None if hasattr(torch.nn.Module, name) else getattr(self.module.skeleton, name, None)
+        return callable(found) and not isinstance(found, torch.nn.Module)
 
     def parameters(self, method: str) -> frozenset[str]:
         """The names of the arguments of a method."""
