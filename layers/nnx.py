@@ -1,20 +1,22 @@
 """`TorchModule`: a torch module as a Flax NNX module."""
 
 import contextlib
+import inspect
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import torch
 from flax import nnx
-from jax.core import Tracer
 from jaxtyping import Array
 
 from ..interop.call import Residuals, VmapMethod
+from ..interop.errors import TorchCallError
 from ..interop.random import LateKey
-from .flax_common import collections
+from .flax_common import collections, stop_gradient
 from .functional_module import FunctionalModule
 from .skeleton import named_tensors
+from .taken_apart import taken_apart
 from .weights import Held, held
 
 _KEY_REMEDY = (
@@ -123,31 +125,27 @@ class TorchModule(Submodule):
 
         **Raises:** `TypeError` for lazy, scripted and float64 (without x64) modules, and those that cannot be copied.
         """
-        functional = FunctionalModule(
+        options = {
+            "key_remedy": _KEY_REMEDY,
+            "vmap_method": vmap_method,
+            "residuals": residuals,
+            "forward_mode": forward_mode,
+            "channels_last": channels_last,
+        }
+        shapes, treedef = jax.tree.flatten(out_shape)
+        self._torch = taken_apart(
             module,
-            remedy="",  # buffers are Variables, which the forward may change
-            key_remedy=_KEY_REMEDY,
-            vmap_method=vmap_method,
-            residuals=residuals,
-            forward_mode=forward_mode,
-            out_shape=out_shape,
-            channels_last=channels_last,
+            ("nnx", *options.values(), *shapes, treedef),
+            lambda: _Torch(FunctionalModule(module, remedy="", out_shape=out_shape, **options)),
         )
-        self._torch = _Torch(functional)
         self.deterministic = not module.training
         stream = _stream(rngs)
         self.rngs = nnx.data(None if stream is None else stream.fork())
-        groups, kinds = functional.leaves(module, copy=copy), collections(functional)
+        groups, kinds = self._torch.module.leaves(module, copy=copy), collections(self._torch.module)
         leaves = {name: leaf for group in groups.values() for name, leaf in group.items()}
         _fill(self, module, {name: _VARIABLES[kinds[name]](leaf) for name, leaf in leaves.items()})
 
-    def __call__(
-        self,
-        *args: Any,
-        rngs: Any = None,
-        deterministic: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
+    def __call__(self, *args: Any, rngs: Any = None, deterministic: bool | None = None, **kwargs: Any) -> Any:
         """Run `forward`; buffers that it changes are updated in place.
 
         **Arguments:**
@@ -157,24 +155,20 @@ class TorchModule(Submodule):
           `nnx.RngStream` or a key;
         - `deterministic`: torch's evaluation mode for this call, instead of the attribute.
 
+        A `forward` that has a parameter named `rngs` or `deterministic` itself gets what is given.
+
         **Returns:** what `forward` returns, with `jax.Array`s for tensors.
 
         **Raises:** `torchleaf.RandomnessError` if it draws random numbers and there are no `rngs`,
         `torchleaf.TorchCallError` with torch's message if it fails.
         """
-        return _run(self, "forward", args, kwargs, rngs, deterministic)
+        return _run(self, "forward", args, kwargs, {"rngs": rngs, "deterministic": deterministic})
 
     def call(
-        self,
-        method: str,
-        /,
-        *args: Any,
-        rngs: Any = None,
-        deterministic: bool | None = None,
-        **kwargs: Any,
+        self, method: str, /, *args: Any, rngs: Any = None, deterministic: bool | None = None, **kwargs: Any
     ) -> Any:
         """Run another method of the torch module, e.g. `model.call("encode", x)`, as `__call__` runs `forward`."""
-        return _run(self, method, args, kwargs, rngs, deterministic)
+        return _run(self, method, args, kwargs, {"rngs": rngs, "deterministic": deterministic})
 
     def set_view(self, deterministic: bool | None = None) -> None:
         """What `nnx.view` calls.
@@ -191,6 +185,7 @@ class _Torch:
 
     def __init__(self, module: FunctionalModule):
         self.module = module
+        self._arguments: dict[str, frozenset[str]] = {}
         self._paths = {name: tuple(map(_attribute, name.split("."))) for name in module.specs}
 
     def __repr__(self) -> str:
@@ -198,6 +193,13 @@ class _Torch:
 
     def __deepcopy__(self, memo: Any) -> "_Torch":
         return self
+
+    def arguments(self, method: str) -> frozenset[str]:
+        """The names of a method's arguments."""
+        if method not in self._arguments:
+            function = getattr(self.module.skeleton, method, lambda: None)
+            self._arguments[method] = frozenset(inspect.signature(function).parameters)
+        return self._arguments[method]
 
     def variables(self, model: TorchModule) -> dict[str, nnx.Variable]:
         """The Variables of a model, by torch name."""
@@ -216,19 +218,16 @@ class _Torch:
         return found
 
 
-def _run(
-    model: TorchModule,
-    method: str,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    rngs: Any,
-    deterministic: bool | None,
-) -> Any:
+def _run(model: TorchModule, method: str, args: Any, kwargs: dict[str, Any], options: dict[str, Any]) -> Any:
     """Call a method, and update the buffers that it changes."""
-    variables = model._torch.variables(model)
+    functional, variables = model._torch.module, model._torch.variables(model)
+    for name in options.keys() & model._torch.arguments(method):  # torch's own argument
+        kwargs |= {} if options[name] is None else {name: options[name]}
+        options = {**options, name: None}
+    rngs, deterministic = options["rngs"], options["deterministic"]
     inference = model.deterministic if deterministic is None else deterministic
-    function = model._torch.module.function(method, bool(inference))
-    weights = {name: _value(variable) for name, variable in variables.items()}
+    function = functional.function(method, bool(inference))
+    weights = {name: _weight(name, v, functional.specs[name].shape) for name, v in variables.items()}
     key = _key(model.rngs if rngs is None else rngs)
     output, changed = function.call(weights, args, kwargs, key=key, stateful=True)
     for name, value in changed.items():
@@ -282,10 +281,16 @@ def _key(rngs: Any) -> Any:
     return None if stream is None else LateKey(stream.key[...], stream)
 
 
-def _value(variable: nnx.Variable) -> Array:
+def _weight(name: str, variable: nnx.Variable, shape: tuple[int, ...]) -> Array:
+    """The value that torch computes with."""
     value = variable.get_value()
-    is_constant = isinstance(value, Tracer) and isinstance(variable, _CONSTANTS)
-    return jax.lax.stop_gradient(value) if is_constant else value
+    if value.shape != shape:
+        raise TorchCallError(
+            f"Variable {name!r} has shape {value.shape}, but the torch module's is {shape}. A model whose "
+            "Variables are stacked is called under nnx.vmap or nnx.scan: "
+            "`nnx.vmap(lambda model, x: model(x), in_axes=(0, None))(model, x)`."
+        )
+    return stop_gradient(value) if isinstance(variable, _CONSTANTS) else value
 
 
 @held.register

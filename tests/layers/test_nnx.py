@@ -281,6 +281,28 @@ def test_methods_by_name():
         model.call("decode", X)
 
 
+class _OwnArguments(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x, deterministic=False, rngs=3):
+        return self.weight * x * (2 if deterministic else 1) * rngs * (5 if self.training else 1)
+
+    def other(self, x):
+        return x * (5 if self.training else 1)
+
+
+def test_torch_arguments_named_as_ours():
+    model = TorchModule(_OwnArguments())
+    assert model(jnp.ones(())) == 15
+    assert model(jnp.ones(()), deterministic=True) == 30
+    assert model(jnp.ones(()), rngs=1) == 5
+    assert model.call("other", jnp.ones(()), deterministic=True) == 1
+    model.eval()
+    assert model(jnp.ones(()), deterministic=False) == 3
+
+
 def test_channels_last():
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2)).eval()
     images = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)

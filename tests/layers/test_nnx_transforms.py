@@ -93,6 +93,62 @@ def test_one_compilation_for_models_of_one_graph():
     assert len(traces) == 2
 
 
+def test_cached_partial():
+    model, plain = (TorchModule(_network(), copy=True) for _ in range(2))
+    torchleaf.load_state_dict(plain, torchleaf.state_dict(model))
+    call = nnx.cached_partial(nnx.jit(lambda model, x: model(x)), model)
+    for _ in range(2):
+        assert_trees_close(call(X), plain(X), rtol=1e-4)
+    assert_trees_close(_pure(model), _pure(plain))
+
+
+@pytest.mark.parametrize("defaults", [{"hijax": True}, {"ref": True}], ids=str)
+def test_other_kinds_of_variables(defaults):
+    module = _network()
+    with nnx.var_defaults(**defaults):
+        model = TorchModule(module)
+    before = copy.deepcopy(module)
+    output = (
+        jax.jit(lambda model, x: model(x))(model, X) if "hijax" in defaults else nnx.jit(lambda m, x: m(x))(model, X)
+    )
+    assert_trees_close(output, from_torch(before(torch.tensor(np.asarray(X)))), rtol=1e-4)
+    buffers = {name: jnp.asarray(model[1][name][...]) for name in ("running_mean", "num_batches_tracked")}
+    assert_trees_close(buffers, {name: from_torch(getattr(before[1], name)) for name in buffers})
+    assert module[1].num_batches_tracked == 0
+
+
+def test_donated_models_leave_torch_memory_alone():
+    module = _network()
+    before, model = copy.deepcopy(module.state_dict()), TorchModule(module)
+    weight = model[3][1].weight[...]
+
+    @nnx.jit(donate_argnums=0)
+    def step(model):
+        nnx.update(model, jax.tree.map(lambda w, g: w - g, nnx.state(model, nnx.Param), nnx.grad(_loss)(model)))
+
+    step(model)
+    assert weight.is_deleted()
+    assert_trees_close(from_torch(dict(module.state_dict())), from_torch(dict(before)), rtol=0, atol=0)
+    assert not jnp.array_equal(model[3][1].weight[...], from_torch(before["3.1.weight"]))
+
+
+def test_intermediates_are_captured():
+    model = _Model(_encoder(), nnx.Rngs(0))
+    output, captured = nnx.capture(model, nnx.Intermediate, method_outputs=nnx.Intermediate)(X)
+    assert_trees_close(model.head(captured["encoder"]["__call__"].get_value()[0]), output)
+
+
+def test_a_module_is_taken_apart_once_as_long_as_it_is_the_same():
+    module = _network(dropout=0.5)
+    graphdef = nnx.graphdef(TorchModule(module))
+    assert nnx.graphdef(TorchModule(module, copy=True)) == graphdef
+    assert nnx.graphdef(TorchModule(copy.deepcopy(module))) != graphdef
+    assert nnx.graphdef(TorchModule(module, residuals="recompute")) != graphdef
+    module[2].p = 0.0
+    assert nnx.graphdef(TorchModule(module)) != graphdef
+    assert jnp.all(TorchModule(module[2])(X) == X)
+
+
 @pytest.mark.parametrize("jit", [lambda f: f, nnx.jit], ids=["eager", "jit"])
 def test_gradients_of_params_agree_with_torch(jit):
     module = _network()
@@ -222,6 +278,11 @@ def test_ensembles(mode):
     for i, module in enumerate(modules):
         member = nnx.merge(nnx.graphdef(ensemble), jax.tree.map(lambda leaf, i=i: leaf[i], nnx.state(ensemble)))
         assert_trees_close(_pure(member), _torch_tree(module.state_dict()))
+
+
+def test_stacked_variables_outside_of_vmap():
+    with pytest.raises(torchleaf.TorchCallError, match=r"'0.weight' has shape \(3, 4, 3\).*is \(4, 3\).*nnx.vmap"):
+        _stacked([TorchModule(_network()) for _ in range(3)])(X)
 
 
 def test_ensembles_train():
