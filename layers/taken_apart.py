@@ -20,8 +20,8 @@ def taken_apart(module: torch.nn.Module, options: Hashable, make: Callable[[], P
     """What `make` made of `module` with these options before, or makes now. It must not hold the module itself."""
     if not isinstance(module, torch.nn.Module):
         return make()  # which refuses it
-    present, (before, made) = snapshot(module), _made.get(module, {}).get(options, (None, None))
-    if made is None or not unchanged(before, present):
-        made = make()
-        _made.setdefault(module, {})[options] = (present, made)
+    before, made = _made.get(module, {}).get(options, (None, None))
+    if made is None or not unchanged(before, snapshot(module)):
+        made = make()  # which refuses a module that no snapshot can be taken of
+        _made.setdefault(module, {})[options] = (snapshot(module), made)
     return made
