@@ -23,6 +23,7 @@ from . import ambient
 from .dtypes import is_inexact
 from .errors import signature_text
 from .kernels import chosen
+from .tangents import in_forward_mode, stopped_by_no_grad
 
 Aval = jax.ShapeDtypeStruct
 Tensors = tuple[torch.Tensor, ...]
@@ -157,6 +158,9 @@ class Base(TorchCall):
         self.warned = False  # about falling back to a loop
 
     def run(self, *tensors: torch.Tensor) -> Tensors:
+        if in_forward_mode():
+            with stopped_by_no_grad():
+                return self.function(*tensors)
         if not self.grad_mode:
             return self.function(*tensors)
         with torch.enable_grad():  # torch's default: the callable may take gradients itself

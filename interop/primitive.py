@@ -13,7 +13,8 @@ from jax.interpreters import ad, batching, mlir, partial_eval
 from . import sharding, transport
 from .batching import vmap
 from .call import TorchCall, take
-from .derivative import Jvp, Vjp, linearize, over_batch
+from .derivative import Jvp, Vjp, linearize
+from .per_example import over_batch
 from .residuals import HANDLE, Save, drop_with
 
 torch_call_p = Primitive("torch_call")

@@ -252,3 +252,19 @@ def test_ctc_loss():
         )(logits)
 
     close(derivatives(ours), derivatives(twin))
+
+
+def _scaled_by_a_constant(x):
+    with torch.no_grad():  # torch's stop_gradient
+        scale = x.sum()
+    return x * scale
+
+
+def test_no_grad_stops_tangents_as_it_stops_gradients():
+    fn, x = torchleaf.torch_function(_scaled_by_a_constant), jnp.array([1.0, 2.0, 3.0])
+    expected = x.sum() * jnp.eye(3)
+    assert_trees_close(jax.jacrev(fn)(x), expected)
+    assert_trees_close(jax.jacfwd(fn)(x), expected)
+    assert_trees_close(jax.jit(jax.jacfwd(fn))(x), expected)
+    assert_trees_close(jax.vmap(jax.jacfwd(fn))(x[None]), expected[None])
+    assert_trees_close(jax.linearize(fn, x)[1](x), x.sum() * x)
