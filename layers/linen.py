@@ -258,5 +258,5 @@ def _(model: TorchModule, state: Mapping[str, Any] | None) -> Held:
         nested = unflatten_dict({**flat, **new})
         return freeze(nested) if isinstance(variables, FrozenDict) else nested
 
-    weights = {name: meta.unbox(flat[path]) for name, path in place.items()}
+    weights = {name: jnp.asarray(meta.unbox(flat[path])) for name, path in place.items()}  # NumPy's, from msgpack
     return Held(model.made.module, weights, training=model._training(), replace=replace)

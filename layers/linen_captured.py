@@ -1,7 +1,6 @@
 """A torch module taken apart for Linen: once, however often Linen clones a module or a compact method wraps it."""
 
 import inspect
-import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +10,7 @@ import torch
 from ..interop.call import Residuals, VmapMethod
 from .flax_common import Collection, collections
 from .functional_module import FunctionalModule
-from .unchanged import snapshot, unchanged
-
-_known: "weakref.WeakKeyDictionary[torch.nn.Module, dict[Any, tuple[Any, FunctionalModule]]]"
-_known = weakref.WeakKeyDictionary()
+from .taken_apart import taken_apart
 
 
 @dataclass(frozen=True)
@@ -30,14 +26,8 @@ class Captured:
 
     @classmethod
     def of(cls, source: torch.nn.Module, options: tuple[Any, ...]) -> "Captured":
-        """What was made of the module before with these options, if it has not changed since."""
-        if not isinstance(source, torch.nn.Module):
-            module = _take_apart(source, *options)  # which refuses it
-        else:
-            present, (before, module) = snapshot(source), _known.get(source, {}).get(options, (None, None))
-            if module is None or not unchanged(before, present):
-                module = _take_apart(source, *options)
-                _known.setdefault(source, {})[options] = (present, module)
+        """The same for a module that was wrapped before with these options and has not changed since."""
+        module = taken_apart(source, (cls, *options), lambda: _take_apart(source, *options))
         return cls(source, options, module, collections(module))
 
     def by_collection(self) -> dict[Collection, dict[str, None]]:

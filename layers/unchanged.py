@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -39,6 +40,8 @@ def _frozen(value: Any, seen: set[int]) -> Any:
         return [_frozen(v, seen) for v in value]
     if isinstance(value, torch.Tensor):
         return (weakref.ref(value), None if value.is_inference() else value._version)
+    if isinstance(value, np.ndarray):
+        return (value.shape, str(value.dtype), hash(value.tobytes()))
     try:
         held = weakref.ref(value)
     except TypeError:  # a dtype, a slice

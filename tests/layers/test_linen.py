@@ -171,6 +171,11 @@ def test_only_torch_modules_are_wrapped(given):
         TorchModule(given)
 
 
+def test_lazy_modules_are_refused():
+    with pytest.raises(TypeError, match="uninitialised"):
+        TorchModule(tnn.LazyLinear(3))
+
+
 # --- calls ---------------------------------------------------------------------------------------
 
 

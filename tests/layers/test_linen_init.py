@@ -56,12 +56,12 @@ class _Configured(tnn.Module):
         super().__init__()
         self.linear, self.activation = tnn.Linear(3, 3), torch.tanh
         self.scale, self.table, self.settings = 2.0, torch.ones(3), {"shift": [1.0]}
-        self.config = type("Config", (), {})()
+        self.offsets, self.config = np.zeros(3, np.float32), type("Config", (), {})()
         self.config.power = 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.activation(self.linear(x)) * self.scale * self.table + self.settings["shift"][0]
-        return y**self.config.power
+        return y**self.config.power + float(self.offsets[0])
 
 
 def _set(path, value):
@@ -81,10 +81,11 @@ def _set(path, value):
         _set("config.power", 2),
         lambda module: module.settings["shift"].__setitem__(0, 4.0),
         lambda module: module.table.mul_(3),
+        lambda module: module.offsets.__setitem__(0, 5.0),
         lambda module: module.eval(),
         lambda module: module.linear.requires_grad_(False),
     ],
-    ids=["number", "function", "submodule", "object", "container", "tensor", "mode", "frozen"],
+    ids=["number", "function", "submodule", "object", "container", "tensor", "NumPy", "mode", "frozen"],
 )
 def test_a_torch_module_that_has_changed_is_taken_apart_anew(change, rng):
     module, x = _Configured(), normal(rng, 5, 3)

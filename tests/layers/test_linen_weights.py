@@ -114,6 +114,7 @@ def test_msgpack_and_orbax(tmp_path):
     variables = _moved(template)
     restored = serialization.from_bytes(template, serialization.to_bytes(variables))
     assert_trees_close(jax.tree.map(jnp.asarray, restored), variables, rtol=0, atol=0)
+    assert_same_tensors(torchleaf.state_dict(model, restored), torchleaf.state_dict(model, variables))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "checkpoint", variables)
         checkpointer.wait_until_finished()
