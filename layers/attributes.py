@@ -1,8 +1,12 @@
-"""A module's plain attributes around a forward pass: which it assigns, which are state, all put back after it."""
+"""A module's plain attributes around a forward pass: which it assigns, which are state, all put back after it.
+
+Those of plain objects that it holds count as its own: a cache is often one.
+"""
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +33,11 @@ class Change:
 def attribute_changes(module: torch.nn.Module) -> Iterator[list[Change]]:
     """Notes each attribute that changes meanwhile, and puts all back."""
     changes: list[Change] = []
-    snapshots = [_Snapshot(f"{path}." if path else "", m) for path, m in module.named_modules()]
+    snapshots = [
+        snapshot
+        for path, submodule in module.named_modules()
+        for snapshot in _snapshots(f"{path}." if path else "", submodule)
+    ]
     try:
         yield changes
     finally:
@@ -37,18 +45,24 @@ def attribute_changes(module: torch.nn.Module) -> Iterator[list[Change]]:
             changes += snapshot.undo()
 
 
-class _Snapshot:
-    """The attributes of one module, containers with their items."""
+def _snapshots(path: str, module: torch.nn.Module) -> Iterator["_Snapshot"]:
+    yield _Snapshot(path, module, put_back_in_calls=True, ignored=set(_computed_by_hooks(module)))
+    for name, owner in _objects(own_attributes(module)):
+        yield _Snapshot(f"{path}{name}.", owner, put_back_in_calls=False)
 
-    def __init__(self, path: str, module: torch.nn.Module):
-        self._path, self._namespace = path, vars(module)
+
+class _Snapshot:
+    """The attributes of one module or object, containers with their items."""
+
+    def __init__(self, path: str, owner: Any, *, put_back_in_calls: bool, ignored: Iterable[str] = ()):
+        self._path, self._namespace = path, vars(owner)
+        self._put_back_in_calls, self._ignored = put_back_in_calls, ignored
         self._values = dict(self._namespace)
         self._items = {
             name: copy.copy(value)
             for name, value in self._values.items()
-            if type(value) in (list, dict, set) and name not in _OF_EVERY_MODULE
+            if type(value) in (list, dict, set) and name not in _BOOKKEEPING
         }
-        self._computed_by_hooks = set(_computed_by_hooks(module))
 
     def undo(self) -> Iterator[Change]:
         for name in sorted(self._namespace.keys() | self._values.keys()):
@@ -56,13 +70,44 @@ class _Snapshot:
             if before is not after:
                 put_back([(self._namespace, name, before)])
                 is_state = isinstance(after, bool | int | float | str) or isinstance(before, torch.Tensor)
-                yield Change(self._path, name, is_state and name not in self._computed_by_hooks)
+                is_state |= not self._put_back_in_calls and isinstance(after, torch.Tensor)
+                if is_state or self._put_back_in_calls:
+                    yield Change(self._path, name, is_state and name not in self._ignored)
             elif name in self._items and not _same(before, self._items[name]):
+                shown = _first_difference(before, self._items[name]) if name == "_modules" else name
                 _refill(before, self._items[name])
-                yield Change(self._path, name, is_state=True)
+                yield Change(self._path, shown, is_state=True)
 
 
 _OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
+_BOOKKEEPING = _OF_EVERY_MODULE - {"_modules"}
+
+
+def own_attributes(module: torch.nn.Module) -> dict[str, Any]:
+    """The attributes that not every module has."""
+    return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+
+
+def _objects(namespace: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Plain objects in a namespace, in its containers and in their namespaces, by dotted name; each once."""
+    seen: set[int] = set()
+    waiting = list(namespace.items())
+    while waiting and len(seen) < _MOST_OBJECTS:
+        name, value = waiting.pop()
+        if id(value) in seen or isinstance(value, _NO_PLAIN_OBJECTS):
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            waiting += [(name, item) for item in value.values()]
+        elif isinstance(value, list | tuple | set):
+            waiting += [(name, item) for item in value]
+        elif hasattr(value, "__dict__"):
+            yield name, value
+            waiting += [(f"{name}.{attribute}", item) for attribute, item in vars(value).items()]
+
+
+_MOST_OBJECTS = 10_000  # a dataset is no state of a forward pass
+_NO_PLAIN_OBJECTS = (torch.nn.Module, torch.Tensor, type, types.ModuleType, types.FunctionType, types.MethodType)
 
 
 def _computed_by_hooks(module: torch.nn.Module) -> Iterator[str]:
@@ -80,6 +125,10 @@ def _same(a: Any, b: Any) -> bool:
     keys_equal = list(a) == list(b) if isinstance(a, dict) else len(a) == len(b)
     values = zip(a.values(), b.values(), strict=True) if isinstance(a, dict) else zip(a, b, strict=False)
     return keys_equal and all(x is y for x, y in values)
+
+
+def _first_difference(a: dict[str, Any], b: dict[str, Any]) -> str:
+    return next(name for name in a | b if a.get(name) is not b.get(name))
 
 
 def _refill(container: Any, items: Any) -> None:
@@ -108,10 +157,11 @@ def stray_tensors(
     """Attributes, by dotted name, that hold tensors sharing memory with `aliasing`, or fake tensors."""
     storages = {t.untyped_storage()._cdata for t in aliasing}
     for path, submodule in module.named_modules():
-        attributes = {**vars(submodule), **submodule._buffers}
-        del attributes["_buffers"]
-        for name, value in attributes.items():
-            for leaf in torch_pytree.tree_leaves(value):
+        held = [*vars(submodule).items(), *submodule._buffers.items()]
+        for owner_name, owner in _objects(own_attributes(submodule)):
+            held += [(f"{owner_name}.{name}", value) for name, value in vars(owner).items()]
+        for name, value in held:
+            for leaf in torch_pytree.tree_leaves(value) if name != "_buffers" else ():
                 if isinstance(leaf, torch.Tensor) and (
                     (fake and isinstance(leaf, FakeTensor)) or leaf.untyped_storage()._cdata in storages
                 ):

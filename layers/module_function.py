@@ -43,8 +43,8 @@ class ModuleFunction(TorchFunction):
         missing = [name for name, leaf in leading.items() if leaf is None]
         if missing:
             raise TypeError(
-                f"{self.name}: leaf {missing[0]!r} is missing from the model. If it was partitioned, put it together "
-                "again before the call: `eqx.combine(params, static)`."
+                f"{self.name}: leaf {missing[0]!r} is missing from the model. If it was taken apart, put it together "
+                "again before the call, e.g. by `eqx.combine(params, static)`."
             )
         if key is not None and self._signature.wants_key(key, args):
             key, kwargs = None, {**kwargs, "key": key}

@@ -6,6 +6,8 @@ from functools import singledispatch
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import torch
 
 from ..interop.arrays import array_to_torch, tensor_to_jax
@@ -107,6 +109,10 @@ def to_torch_module(model: Any, state: Any = None, *, copy: bool = True) -> torc
 
 def _tensors(source: Held, *, copy: bool) -> dict[str, torch.Tensor]:
     return {
-        name: array_to_torch(leaf, copy=copy, name=name).to(source.module.specs[name].dtype)
+        name: array_to_torch(_array(leaf), copy=copy, name=name).to(source.module.specs[name].dtype)
         for name, leaf in source.weights.items()
     }
+
+
+def _array(leaf: Any) -> Any:
+    return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf  # as flax.serialization restores weights
