@@ -1,7 +1,7 @@
 """PyTorch modules as first-class modules of JAX."""
 
 import importlib
-from typing import Any
+import typing
 
 from .interop import RandomnessError as RandomnessError
 from .interop import StateError as StateError
@@ -10,6 +10,7 @@ from .interop import to_jax as to_jax
 from .interop import to_torch as to_torch
 from .interop import torch_function as torch_function
 from .interop.doctor import doctor as doctor
+from .layers import aliases
 from .layers import equinox as equinox
 from .layers.equinox import TorchModule as TorchModule
 from .layers.equinox_tools import stack as stack
@@ -18,8 +19,14 @@ from .layers.weights import load_state_dict as load_state_dict
 from .layers.weights import state_dict as state_dict
 from .layers.weights import to_torch_module as to_torch_module
 
+if typing.TYPE_CHECKING:
+    from .layers import linen as linen
+    from .layers import nnx as nnx
 
-def __getattr__(name: str) -> Any:
-    if name in ("linen", "nnx"):  # Flax is imported by those who use it
-        return importlib.import_module(f".layers.{name}", __name__)
+aliases.install()
+
+
+def __getattr__(name: str) -> typing.Any:
+    if name in aliases.FRAMEWORKS:  # Flax is imported by those who use it
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -129,3 +129,19 @@ def test_import_is_light():
         """
     )
     assert loaded.split() == []
+
+
+@pytest.mark.parametrize("name", ["equinox", "linen", "nnx"])
+@pytest.mark.parametrize(
+    "statement", ["import torchleaf.{}", "from torchleaf.{} import TorchModule", "import torchleaf"]
+)
+def test_frameworks_are_modules_of_the_package(name, statement):
+    run_python(
+        f"""
+        {statement.format(name)}
+        import sys, torchleaf
+
+        assert torchleaf.{name} is sys.modules["torchleaf.layers.{name}"]
+        assert torchleaf.{name}.__spec__.name == "torchleaf.layers.{name}"
+        """
+    )
