@@ -39,7 +39,8 @@ SETUP = {
         x, y = jnp.ones((64, 3)), jnp.zeros((64, 4))
         loss = lambda encoder, x, y: jnp.mean((jax.vmap(encoder)(x) - y) ** 2)
     """,
-    "nnx.TorchModule": "from flax import nnx",
+    "linen.TorchModule": "x = jnp.ones((64, 3))",
+    "nnx.TorchModule": "",
     "equinox_tools.trainable": "model, optimizer = torchleaf.TorchModule(torch.nn.Linear(3, 4)), optax.adamw(1e-3)",
     "equinox_tools.stack": "make, x = lambda: torchleaf.TorchModule(torch.nn.Linear(3, 4)), jnp.ones(3)",
 }
