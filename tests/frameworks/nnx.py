@@ -18,7 +18,7 @@ from .model import Gradients, Leaves, Model, Program, Weights, hide, show
 
 class NNXModel(Model):
     name = "nnx"
-    key_remedy = r"Make TorchModule with `rngs=nnx\.Rngs"
+    key_remedy = "Make TorchModule with `rngs=nnx.Rngs"
 
     def __init__(self, module: torch.nn.Module, *, with_state: bool = False, **options: Any):
         self.model = torchleaf.nnx.TorchModule(module, **options)  # it always has a place for state

@@ -1,4 +1,4 @@
-"""What `TorchModule` is in Equinox's terms: its fields and its static part. `test_every_framework*.py` have the rest."""
+"""What `TorchModule` is in Equinox's terms: its fields and its static part; see `test_every_framework.py`."""
 
 import equinox as eqx
 import jax

@@ -1,14 +1,11 @@
-"""Ensembles: `stack` makes one model of many, and vmap runs them all in one torch call."""
+"""`stack` makes one Equinox model of many; `test_every_framework_batches.py` runs such ensembles."""
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
-import torch
 import torchleaf
-from compare import assert_trees_close, from_torch
-from custom_layers import TiedAutoencoder
-from module_reference import eager_and_filter_jit
+from compare import assert_trees_close
 from torch import nn
 
 over_leaves = {"in_axes": (eqx.if_array(0), None)}
@@ -38,34 +35,6 @@ def test_leaves_are_stacked(modules):
     assert ensemble.inference is True
 
 
-@eager_and_filter_jit
-def test_vmapped_ensemble_computes_as_its_members(jit, modules, x):
-    ensemble = torchleaf.stack([torchleaf.TorchModule(m) for m in modules])
-    ys = jit(eqx.filter_vmap(lambda m, x: m(x), **over_leaves))(ensemble, x)
-    assert_trees_close(ys, jnp.stack([from_torch(m(torchleaf.to_torch(x))) for m in modules]))
-
-
-@eager_and_filter_jit
-def test_gradients_of_an_ensemble_are_those_of_its_members(jit, modules, x):
-    ensemble = torchleaf.stack([torchleaf.TorchModule(m) for m in modules])
-    grads = jit(eqx.filter_grad(lambda e: (eqx.filter_vmap(lambda m, x: m(x), **over_leaves)(e, x) ** 2).sum()))(
-        ensemble
-    )
-    for i, module in enumerate(modules):
-        (module(torchleaf.to_torch(x)) ** 2).sum().backward()
-        expected = {name: from_torch(p.grad) for name, p in module.named_parameters()}
-        assert_trees_close(jax.tree.map(lambda g: g[i], grads.params), expected)
-
-
-def test_members_and_examples_batch_together(modules, rng):
-    """vmap over members of vmap over examples, each member with examples of its own."""
-    ensemble = torchleaf.stack([torchleaf.TorchModule(m) for m in modules])
-    xs = jnp.asarray(rng.normal(size=(3, 5, 3)), jnp.float32)
-    ys = eqx.filter_vmap(lambda m, x: jax.vmap(lambda row: m(row[None])[0])(x))(ensemble, xs)
-    expected = [from_torch(m(torchleaf.to_torch(x))) for m, x in zip(modules, xs, strict=True)]
-    assert_trees_close(ys, jnp.stack(expected))
-
-
 def test_models_that_hold_torch_modules(modules, x):
     keys = jax.random.split(jax.random.key(0), 3)
     models = [
@@ -78,20 +47,6 @@ def test_models_that_hold_torch_modules(modules, x):
     )
     expected = [jax.vmap(lambda row: m.layers[2](m.layers[1](row)))(m.layers[0](x)) for m in models]
     assert_trees_close(call(ensemble, x), jnp.stack(expected))
-
-
-def test_tied_weights_stack_as_one_leaf():
-    modules = [TiedAutoencoder(5, 3) for _ in range(2)]
-    ensemble = torchleaf.stack([torchleaf.TorchModule(m) for m in modules])
-    ids = torch.arange(5)
-    ys = eqx.filter_vmap(lambda m, x: m(x), **over_leaves)(ensemble, from_torch(ids))
-    assert_trees_close(ys, jnp.stack([from_torch(m(ids)) for m in modules]))
-
-
-def test_one_model_is_an_ensemble_of_one(modules, x):
-    ensemble = torchleaf.stack([torchleaf.TorchModule(modules[0])])
-    ys = eqx.filter_vmap(lambda m, x: m(x), **over_leaves)(ensemble, x)
-    assert_trees_close(ys[0], from_torch(modules[0](torchleaf.to_torch(x))))
 
 
 @pytest.mark.parametrize(
