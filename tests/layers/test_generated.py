@@ -11,6 +11,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 import torchleaf
@@ -37,6 +38,11 @@ class Case:
     def quiet(self) -> nn.Module:
         """The module with randomness switched off."""
         return quieted(self.generated.module)
+
+    @cached_property
+    def wrapped(self) -> tuple[torchleaf.TorchModule, eqx.nn.State]:
+        """That module in JAX, traced once for all tests."""
+        return wrap(self.quiet)
 
     @cached_property
     def inputs(self) -> torch.Tensor:
@@ -111,8 +117,9 @@ def buffers(model, state):
 
 
 def test_steps_eager_jitted_and_scanned(case):
-    """The same kernels run on the same bits."""
-    model, initial = wrap(case.quiet)
+    """The same kernels run on the same bits; of recurrent layers torch has two, chosen by whether gradients are on."""
+    rounding = 1e-6 if any(isinstance(part, nn.RNNBase) for part in case.quiet.modules()) else 0
+    model, initial = case.wrapped
     xs = from_torch(case.inputs)
     outputs, final = torch_steps(case.quiet, case.inputs)
 
@@ -124,17 +131,17 @@ def test_steps_eager_jitted_and_scanned(case):
             state, step = again(initial), jit(call)
             for x, expected in zip(xs, outputs, strict=True):
                 y, state = step(model, state, x)
-                assert_trees_close(y, expected, rtol=0, atol=0)
-            assert_trees_close(buffers(model, state), final, rtol=0, atol=0)
-        state, ys = eqx.filter_jit(scan)(model, initial, xs)
-        assert_trees_close(ys, outputs, rtol=0, atol=0)
-        assert_trees_close(buffers(model, state), final, rtol=0, atol=0)
+                assert_trees_close(y, expected, rtol=rounding, atol=rounding)
+            assert_trees_close(buffers(model, state), final, rtol=rounding, atol=rounding)
+        state, ys = eqx.filter_jit(scan)(model, again(initial), xs)
+        assert_trees_close(ys, outputs, rtol=rounding, atol=rounding)
+        assert_trees_close(buffers(model, state), final, rtol=rounding, atol=rounding)
 
 
 @pytest.mark.parametrize("residuals", ["live", "recompute"])
 def test_gradients(case, residuals):
     """Of parameters and inputs, with the new state on the side."""
-    model, state = wrap(case.quiet, residuals=residuals)
+    model, state = case.wrapped if residuals == "live" else wrap(case.quiet, residuals=residuals)
     x = from_torch(case.inputs[0])
 
     def loss(differentiated, state):
@@ -170,10 +177,10 @@ def over_inputs(case):
 
 
 def over_models(case):
-    model, state = wrap(case.quiet)
+    model, state = case.wrapped
     xs = from_torch(case.inputs)
     with pytest.raises(torchleaf.StateError, match="vmap"):
-        jax.vmap(lambda x: call(model, state, x))(xs)
+        jax.vmap(lambda x: call(model, again(state), x))(xs)
     modules = [rescaled(case.quiet, 1 - 0.1 * i) for i in range(STEPS)]
     models, states = map(torchleaf.stack, zip(*map(wrap, modules), strict=True))
 
@@ -186,10 +193,15 @@ def over_models(case):
         grads, (ys, states) = eqx.filter_jit(eqx.filter_grad(loss, has_aux=True))((models, xs), again(states))
     for i, module in enumerate(modules):
         outputs, after = torch_steps(module, case.inputs[i : i + 1])
-        assert_trees_close(ys[i], outputs[0], rtol=1e-4, atol=1e-5)
-        model, state, *row = jax.tree.map(lambda a, i=i: a[i] if eqx.is_array(a) else a, (models, states, *grads))
+        y, model, state, *row = row_of((ys, models, states, *grads), i)
+        assert_trees_close(y, outputs[0], rtol=1e-4, atol=1e-5)
         assert_trees_close(buffers(model, state), after, rtol=1e-4, atol=1e-5)
         assert_gradients(row, module, case.inputs[i])
+
+
+def row_of(tree, i):
+    """One of a stack; by NumPy, for which nothing has to be compiled."""
+    return jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[i]) if eqx.is_array(a) else a, tree)
 
 
 # --- randomness ----------------------------------------------------------------------------------
@@ -201,7 +213,7 @@ def test_key(case):
 
 
 def without_use_of_the_key(case):
-    model, state = wrap(case.quiet)
+    model, state = case.wrapped
     x = from_torch(case.inputs[0])
     assert_trees_close(*(call(model, again(state), x, key) for key in (jax.random.key(0), None)), rtol=0, atol=0)
 
