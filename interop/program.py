@@ -9,6 +9,7 @@ import gc
 import itertools
 import secrets
 import sys
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from .call import Aval, Tensors, TorchCall, execute
 from .errors import TorchCallError, runtime_message
 
 _numbers = itertools.count(secrets.randbits(62))
+_running: list[int] = []
 _program_of: "weakref.WeakKeyDictionary[TorchCall, Program]" = weakref.WeakKeyDictionary()
 _by_number: "weakref.WeakValueDictionary[int, TorchCall]" = weakref.WeakValueDictionary()
 
@@ -42,12 +44,27 @@ def run_program(number: int, *buffers: torch.Tensor) -> None:
             "(exported or serialised). Trace and compile it here; a torch callable cannot be serialised."
         )
     work = functools.partial(_program_of[call].attempt, call, buffers)
+    _running.append(number)
     try:
         failure = threads.run(work, call.operations) if buffers and buffers[0].is_cpu else work()
     except BaseException as exc:  # Ctrl-C while waiting for it
         failure = runtime_message(call.base.name, call.base.signature, exc)
+    finally:
+        _running.remove(number)
     if failure is not None:
         raise TorchCallError(failure)
+
+
+def wait_until_idle() -> None:
+    """Return when no call has been running for a moment, which is longer than XLA takes between two."""
+    idle_since = time.monotonic()
+    while time.monotonic() - idle_since < _MOMENT:
+        time.sleep(_MOMENT / 10)
+        if _running:
+            idle_since = time.monotonic()
+
+
+_MOMENT = 0.02  # seconds
 
 
 class Program:

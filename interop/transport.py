@@ -9,6 +9,7 @@ Source: [JAX FFI](https://docs.jax.dev/en/latest/ffi.html), [jax-tvm-ffi](https:
 
 import atexit
 import functools
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,13 +23,14 @@ from jax.interpreters import mlir
 from . import dtypes, threads
 from .call import Aval, TorchCall
 from .once import Once
-from .program import is_complex, part_avals, program_of, run_program
+from .program import is_complex, part_avals, program_of, run_program, wait_until_idle
 
 _TARGET = "torchleaf_call"
 
 
 def lower(ctx: mlir.LoweringRuleContext, *operands: Any, call: TorchCall) -> Any:
     """MLIR lowering of one torch call. The executable keeps the callable alive."""
+    _Forks.refuse()
     call.prepare()
     threads.settle()
     ctx.module_context.add_keepalive(call)
@@ -37,6 +39,31 @@ def lower(ctx: mlir.LoweringRuleContext, *operands: Any, call: TorchCall) -> Any
     if "cuda" in platforms:
         carry = functools.partial(_without_graph, carry)
     return mlir.lower_fun(functools.partial(carry, call), multiple_results=True)(ctx, *operands)
+
+
+class _Forks:
+    """XLA's threads do not survive a fork, and compiling in the child would wait for them for ever."""
+
+    used = forked = False
+
+    @classmethod
+    def note(cls) -> None:
+        """Called in the child."""
+        cls.forked = cls.used
+
+    @classmethod
+    def refuse(cls) -> None:
+        """Raise in a process that was forked from one in which programs were compiled."""
+        cls.used = True
+        if cls.forked:
+            raise RuntimeError(
+                "This process was forked from one in which JAX had compiled a program; XLA's threads do not survive a "
+                'fork, and compiling would hang. Start workers by `multiprocessing.get_context("spawn")`.'
+            )
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_Forks.note)
 
 
 def _without_graph(carry: Any, call: TorchCall, *operands: jax.Array) -> list[jax.Array]:
@@ -92,10 +119,12 @@ def _registered_platforms() -> frozenset[str]:
 def _drain() -> None:
     """Wait, at exit, for programs in flight: one that enters Python after finalization aborts the process.
 
-    A device runs what it is given in order, so a last trivial program is done after all others.
+    A device runs what one thread gives it in order, so a last trivial program is done after all others of this thread;
+    those of other threads are done when no call has been running for a while.
     """
     for device in jax.local_devices():
         jax.block_until_ready(jax.jit(jnp.negative)(jax.device_put(np.zeros(()), device)))
+    wait_until_idle()
 
 
 # --- jax.pure_callback -------------------------------------------------------------------------

@@ -33,8 +33,9 @@ class TorchModule(eqx.nn.StatefulLayer):
     `eqx.nn.State`; one that draws random numbers (Dropout in training) is given a `key`:
 
     ```python
-    model, state = eqx.nn.make_with_state(torchleaf.TorchModule)(torch.nn.Sequential(norm, dropout))
-    y, state = model(x, state=state, key=key)
+    module = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Dropout())
+    model, state = eqx.nn.make_with_state(torchleaf.TorchModule)(module)
+    y, state = model(x, state=state, key=jax.random.key(0))
     ```
 
     It is a pytree like every Equinox module: `eqx.filter_jit`, `filter_grad`, `filter_vmap`, `partition`, `tree_at`,
