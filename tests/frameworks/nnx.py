@@ -29,11 +29,10 @@ class NNXModel(Model):
 
     @property
     def weights(self) -> Weights:
-        state = nnx.state(self.model)
         return Weights(
-            _leaves(state, nnx.Param),
-            _leaves(state, torchleaf.nnx.Frozen),
-            _leaves(state, nnx.Any(nnx.BatchStat, torchleaf.nnx.Buffer)),
+            self._by_torch_name(nnx.state(self.model, nnx.Param)),
+            self._by_torch_name(nnx.state(self.model, torchleaf.nnx.Frozen)),
+            self._by_torch_name(nnx.state(self.model, (nnx.BatchStat, torchleaf.nnx.Buffer))),
         )
 
     @property
@@ -67,7 +66,7 @@ class NNXModel(Model):
             return value, hide(aux)
 
         (value, aux), (grads, input_grads) = of(self.model, inexact)
-        grads = {".".join(path): g[...] for path, g in nnx.to_flat_state(grads)}
+        grads = self._by_torch_name(grads)
         by_kind = (({name: grads[name] for name in leaves if name in grads}) for leaves in self.weights)
         return Gradients(value, show(aux), Weights(*by_kind), jax.tree.leaves(input_grads))
 
@@ -108,6 +107,10 @@ class NNXModel(Model):
     def _loaded(self, loaded: Any) -> Model:
         return self._with(model=loaded)
 
-
-def _leaves(state: nnx.State, kind: Any) -> Leaves:
-    return {".".join(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.filter_state(state, kind))}
+    def _by_torch_name(self, state: nnx.State) -> Leaves:
+        """Of several paths of a Variable, NNX gives the first in the alphabet, and torch the first in the module."""
+        parameters = list(self.skeleton.named_parameters(remove_duplicate=False))
+        first = {id(p): name for name, p in reversed(parameters)}
+        name_of = {name: first[id(p)] for name, p in parameters}
+        paths = ((".".join(path), leaf) for path, leaf in nnx.to_flat_state(state))
+        return {name_of.get(path, path): leaf[...] for path, leaf in paths}

@@ -65,6 +65,17 @@ def test_gradients_of_a_batch_are_summed_in_torch(framework, residuals, jit, for
     assert not {(B, OUT, IN), (B, IN, OUT)} & (forward.shapes | backward.shapes)
 
 
+def test_gradients_of_each_example_would_be_seen(framework, backward, rng):
+    """vmap(grad), where they are asked for: the counterpart of the test above."""
+    xs = jnp.asarray(rng.normal(size=(B, IN)), jnp.float32)
+
+    def of_one(model, x):
+        return model.gradients(lambda m: (weighted_sum(m(x)), None)).weights.params
+
+    jax.block_until_ready(framework(nn.Linear(IN, OUT)).vmap(of_one)(xs))
+    assert {(B, OUT, IN), (B, IN, OUT)} & backward.shapes
+
+
 @eager_and_jit
 def test_jax_sees_no_weight_gradients_of_single_examples(framework, jit, rng):
     model, xs = framework(nn.Linear(IN, OUT)), jnp.asarray(rng.normal(size=(B, IN)), jnp.float32)
