@@ -89,3 +89,13 @@ def test_native_batches_are_one_step(factory, shape, jit):
     expected_grads, _ = torch_gradients_of(twin := copy.deepcopy(module), twin, (xs,), {})
     grads = jit(jax.grad(lambda *args: weighted_sum(batch(*args)[0])))(model.params, from_torch(xs), state)
     assert_trees_close(grads, expected_grads, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"), [(nn.BatchNorm1d(3), (3,)), (nn.BatchNorm2d(3), (3, 4, 4))], ids=["1d", "2d"]
+)
+def test_batchnorm_of_single_examples_says_what_to_do(module, shape):
+    """Written for one example, as usual in Equinox: torch's own words would not tell."""
+    model, state = make(module)
+    with pytest.raises(torchleaf.TorchCallError, match=r"expected \dD.*whole batch.*outside"):
+        jax.vmap(model, in_axes=(0, None), out_axes=(0, None))(jnp.ones((5, *shape)), state)
