@@ -29,8 +29,8 @@ def vmap(call: TorchCall, in_dims: Dims, size: int) -> "Vmap":
         raise StateError(
             f"vmap of {call.name}: the examples share the state {_state_names(call)}, which each would change in its "
             "own way; torch's statistics are those of the whole batch. Call the module on the whole batch outside vmap "
-            "(vmap only the JAX parts of the model), or pass vmap_method='batched' to have vmap do so, or give each "
-            "example its own parameters and state (torchleaf.stack)."
+            "(vmap only the JAX parts of the model), or, if it takes single examples as well, pass vmap_method="
+            "'batched' to have vmap do so, or give each example its own parameters and state (torchleaf.stack)."
         )
     out_dims = tuple(None if i in shared else 0 for i in range(len(call.out_avals)))
     return call.derive(Vmap, in_dims, out_dims, size, call.base.vmap_method)

@@ -88,7 +88,8 @@ def trace(traced: Traceable, *, out_shape: Any, example: Callable[[], list[torch
         reason = _why_not_fakeable(exc)
         if reason is None:
             shown = signature_text(traced.operand_names, traced.specs)
-            raise TorchCallError(f"{traced.name} failed on operands {shown}.\ntorch said: {quote(exc)}") from exc
+            hint = _WANTS_BATCH if isinstance(exc, ValueError) and _is_of_batchnorm(exc) else ""
+            raise TorchCallError(f"{traced.name} failed on operands {shown}.\ntorch said: {quote(exc)}{hint}") from exc
         return _trace_values(traced, out_shape, example, reason, exc)
     if out_shape is not None:
         _compare(declared(out_shape), (found.treedef, found.leaves), traced.name)
@@ -148,9 +149,17 @@ def _depends_on_values(exc: Exception) -> bool:
     # sequences are static as a rule; those that are operands are refused as zeros.
     if any(op in str(exc.func) for op in ("_ctc_loss", "_pack_padded_sequence")):
         return False
-    # BatchNorm(momentum=None) reads its number of batches as a factor.
+    return not _is_of_batchnorm(exc)  # with momentum=None it reads its number of batches as a factor
+
+
+def _is_of_batchnorm(exc: Exception) -> bool:
     files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(exc.__traceback__)]
-    return not any(file == torch.nn.modules.batchnorm.__file__ for file in files)
+    return torch.nn.modules.batchnorm.__file__ in files
+
+
+_WANTS_BATCH = (
+    ". BatchNorm takes the whole batch: call the module outside jax.vmap, and vmap only the JAX parts of the model."
+)
 
 
 def _why_not_fakeable(exc: Exception) -> str | None:
