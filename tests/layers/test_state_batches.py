@@ -97,5 +97,5 @@ def test_native_batches_are_one_step(factory, shape, jit):
 def test_batchnorm_of_single_examples_says_what_to_do(module, shape):
     """Written for one example, as usual in Equinox: torch's own words would not tell."""
     model, state = make(module)
-    with pytest.raises(torchleaf.TorchCallError, match=r"expected \dD.*whole batch.*outside"):
+    with pytest.raises(torchleaf.TorchCallError, match=r"(?s)expected \dD.*whole batch.*outside"):
         jax.vmap(model, in_axes=(0, None), out_axes=(0, None))(jnp.ones((5, *shape)), state)
