@@ -1,29 +1,20 @@
 """Torch code that writes into its arguments never writes into JAX's arrays, and computes what it does in torch."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from compare import assert_trees_close, eager_and_jit, from_torch
-from samples import as_torch, raw_bytes
+from samples import as_torch
 from torch.nn import functional as F
 from torchleaf import TorchCallError, to_jax, torch_function
+from untouched import unchanged
 
 X = jnp.arange(6.0).reshape(2, 3) / 3 - 0.5
 SHAPE = jax.ShapeDtypeStruct((2, 3), jnp.float32)
 
 residuals = pytest.mark.parametrize("residuals", ["live", "recompute"])
-
-
-@contextlib.contextmanager
-def unchanged(*arrays):
-    """The bytes of these arrays stay what they are."""
-    before = [raw_bytes(x) for x in arrays]
-    yield
-    assert [raw_bytes(x) for x in arrays] == before
 
 
 # --- what writes ---------------------------------------------------------------------------------

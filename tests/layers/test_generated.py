@@ -6,7 +6,6 @@ A test's id is the seed: `print(generate(seed))` of `generated_modules.py` shows
 import copy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -21,6 +20,7 @@ from generated_modules import Generated, generate
 from module_reference import snapshot, torch_gradients_of, weighted_sum
 from samples import raw_bytes
 from torch import nn
+from untouched import unchanged
 
 FAST, SLOW, STEPS = 50, 500, 3
 SEEDS = [*range(FAST), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(FAST, FAST + SLOW))]
@@ -83,19 +83,6 @@ def case(built):
     assert torch.equal(torch.get_rng_state(), generators)
 
 
-class Unchanged:
-    """A context in which the bytes of all arrays of a pytree stay what they are."""
-
-    def __init__(self, *trees: Any):
-        self._arrays = [x for x in jax.tree.leaves(trees) if eqx.is_array(x)]
-
-    def __enter__(self):
-        self._before = [raw_bytes(x) for x in self._arrays]
-
-    def __exit__(self, *exc_info):
-        assert [raw_bytes(x) for x in self._arrays] == self._before
-
-
 def wrap(module, **options):
     return eqx.nn.make_with_state(torchleaf.TorchModule)(module, **options)
 
@@ -126,7 +113,7 @@ def test_steps_eager_jitted_and_scanned(case):
     def scan(model, state, xs):
         return jax.lax.scan(lambda state, x: call(model, state, x)[::-1], state, xs)
 
-    with Unchanged(model, initial, xs):
+    with unchanged(model, initial, xs):
         for jit in (lambda f: f, eqx.filter_jit):
             state, step = again(initial), jit(call)
             for x, expected in zip(xs, outputs, strict=True):
@@ -149,7 +136,7 @@ def test_gradients(case, residuals):
         y, state = call(model, state, x)
         return weighted_sum(y), state
 
-    with Unchanged(model, state, x):
+    with unchanged(model, state, x):
         grads, new_state = eqx.filter_jit(eqx.filter_grad(loss, has_aux=True))((model, x), again(state))
     assert_gradients(grads, case.quiet, case.inputs[0])
     _, expected = torch_steps(case.quiet, case.inputs[:1])
@@ -169,7 +156,7 @@ def over_inputs(case):
         ys = jax.vmap(model)(xs)
         return weighted_sum(ys), ys
 
-    with Unchanged(model, xs):
+    with unchanged(model, xs):
         grads, ys = eqx.filter_jit(eqx.filter_grad(loss, has_aux=True))((model, xs))
     outputs, _ = torch_steps(case.quiet, case.inputs)
     assert_trees_close(ys, outputs, rtol=1e-4, atol=1e-5)
@@ -189,7 +176,7 @@ def over_models(case):
         ys, states = eqx.filter_vmap(call)(models, states, xs)
         return sum(map(weighted_sum, ys)), (ys, states)
 
-    with Unchanged(models, states, xs):
+    with unchanged(models, states, xs):
         grads, (ys, states) = eqx.filter_jit(eqx.filter_grad(loss, has_aux=True))((models, xs), again(states))
     for i, module in enumerate(modules):
         outputs, after = torch_steps(module, case.inputs[i : i + 1])
@@ -222,7 +209,7 @@ def with_key(case):
     module, x, keys = case.generated.module, from_torch(case.inputs[0]), case.keys(6)
     model, state = wrap(module)
     recomputing, initial = wrap(module, residuals="recompute")
-    with Unchanged(model, state, x, jax.random.key_data(keys)):
+    with unchanged(model, state, x, jax.random.key_data(keys)):
         with pytest.raises(torchleaf.RandomnessError, match="key"):
             call(model, again(state), x)
         eager = [call(model, again(state), x, key)[0] for key in keys]
@@ -248,7 +235,7 @@ def with_a_key_for_each_example(case):
     def one_by_one(model, _, xs, keys):
         return jnp.stack([model(x, key=keys[i]) for i, x in enumerate(xs)]), None
 
-    with Unchanged(model, xs):
+    with unchanged(model, xs):
         results = [values_and_grads(function)((model, None, xs), keys) for function in (batch, one_by_one)]
     ((_, ys), grads), ((_, expected), expected_grads) = results
     assert_trees_close(ys, expected, rtol=1e-4, atol=1e-5)
