@@ -15,7 +15,7 @@ import pytest
 import torch
 import torchleaf
 from compare import assert_trees_close, from_torch
-from generated_layers import quieted, random_parts
+from generated_layers import WEIGHT_WRITES, WRITES, Buffers, Noise, names_of_parts, quieted, random_parts
 from generated_modules import Generated, generate
 from module_reference import snapshot, torch_gradients_of, weighted_sum
 from samples import raw_bytes
@@ -189,6 +189,21 @@ def over_models(case):
 def row_of(tree, i):
     """One of a stack; by NumPy, for which nothing has to be compiled."""
     return jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[i]) if eqx.is_array(a) else a, tree)
+
+
+@pytest.mark.slow
+def test_the_seeds_cover_the_grammar():
+    """Every write, kind of buffer and kind of noise occurs, and what users combine them with."""
+    modules = [generate(seed).module for seed in range(FAST + SLOW)]
+    names = set[str]().union(*map(names_of_parts, modules))
+    kinds = {*WRITES, *WEIGHT_WRITES, *Buffers.KINDS, *Noise.KINDS}
+    layers = {"BatchNorm1d", "BatchNorm2d", "Conv1d", "Conv2d", "Embedding", "GRU", "LSTM", "SelfAttention", "Tied"}
+    assert names >= kinds | layers
+    parameters = [list(module.parameters()) for module in modules]
+    assert any(all(not p.requires_grad for p in ps) for ps in parameters if ps)
+    places = [list(module.named_parameters(remove_duplicate=False)) for module in modules]
+    assert any(len(ps) < len(all_places) for ps, all_places in zip(parameters, places, strict=True))
+    assert {module.training for module in modules} == {True, False}
 
 
 # --- randomness ----------------------------------------------------------------------------------
