@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -16,7 +15,7 @@ _PACKAGE, _, _ = _FOLDER.rpartition(".")
 class _Aliases(MetaPathFinder, Loader):
     """Finds `torchleaf.nnx` in `torchleaf.layers.nnx`: one module under two names."""
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         package, _, name = fullname.rpartition(".")
         return ModuleSpec(fullname, self) if package == _PACKAGE and name in FRAMEWORKS else None
 

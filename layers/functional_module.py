@@ -4,6 +4,7 @@ The skeleton is a copy of the module whose parameters and buffers lie on the met
 tensors in their place as `torch.func.functional_call` does, in a copy that no other thread is using.
 """
 
+import inspect
 import sys
 import warnings
 from collections.abc import Mapping
@@ -67,6 +68,7 @@ class FunctionalModule:
         self.skeleton = copy_replacing(module, {t: _on_meta(t) for _, t in named_tensors(module)})
         _prepare(self.skeleton)
         self._functions: dict[tuple[str, bool], ModuleFunction] = {}
+        self._arguments: dict[str, frozenset[str]] = {}
         self._pools: dict[bool, SkeletonPool] = {}
 
     def __repr__(self) -> str:
@@ -82,6 +84,14 @@ class FunctionalModule:
                 self._pools[inference] = SkeletonPool(self.skeleton, training=not inference)
             self._functions[key] = ModuleFunction(self, method, self._pools[inference])
         return self._functions[key]
+
+    def arguments(self, method: str) -> frozenset[str]:
+        """The names of a method's arguments; none if there is no such method."""
+        if method not in self._arguments:
+            function = getattr(self.skeleton, method, None)
+            named = inspect.signature(function).parameters if callable(function) else ()
+            self._arguments[method] = frozenset(named)
+        return self._arguments[method]
 
     def fits(self, kind: Kind, leaves: Mapping[str, Any]) -> bool:
         """Whether leaves are, by names and shapes, the weights of one kind, or several such stacked."""

@@ -127,7 +127,7 @@ class TorchModule(nn.Module):
     def _run(self, method: str, args: Any, kwargs: dict[str, Any], flags: dict[str, Any]) -> Any:
         self._bound()
         made = self.made
-        for name in flags.keys() & made.parameters(method):  # torch's own argument
+        for name in flags.keys() & made.module.arguments(method):  # torch's own argument
             kwargs |= {} if flags[name] is None else {name: flags[name]}
             flags = {**flags, name: None}
         function = made.module.function(method, not self._training(**flags))

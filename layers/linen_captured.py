@@ -1,6 +1,5 @@
 """A torch module taken apart for Linen: once, however often Linen clones a module or a compact method wraps it."""
 
-import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +21,6 @@ class Captured:
     module: FunctionalModule
     collections: dict[str, Collection] = field(compare=False)
     """Of each weight, by torch name."""
-    _parameters: dict[str, frozenset[str]] = field(compare=False, default_factory=dict)
 
     @classmethod
     def of(cls, source: torch.nn.Module, options: tuple[Any, ...]) -> "Captured":
@@ -45,13 +43,6 @@ class Captured:
         """Whether the torch module has a method by this name that is not one of every module."""
         found = None if hasattr(torch.nn.Module, name) else getattr(self.module.skeleton, name, None)
         return callable(found) and not isinstance(found, torch.nn.Module)
-
-    def parameters(self, method: str) -> frozenset[str]:
-        """The names of the arguments of a method."""
-        if method not in self._parameters:
-            function = getattr(self.module.skeleton, method, lambda: None)
-            self._parameters[method] = frozenset(inspect.signature(function).parameters)
-        return self._parameters[method]
 
 
 @dataclass(frozen=True)

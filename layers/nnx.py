@@ -1,7 +1,6 @@
 """`TorchModule`: a torch module as a Flax NNX module."""
 
 import contextlib
-import inspect
 from typing import Any
 
 import jax
@@ -185,7 +184,6 @@ class _Torch:
 
     def __init__(self, module: FunctionalModule):
         self.module = module
-        self._arguments: dict[str, frozenset[str]] = {}
         self._paths = {name: tuple(map(_attribute, name.split("."))) for name in module.specs}
 
     def __repr__(self) -> str:
@@ -193,13 +191,6 @@ class _Torch:
 
     def __deepcopy__(self, memo: Any) -> "_Torch":
         return self
-
-    def arguments(self, method: str) -> frozenset[str]:
-        """The names of a method's arguments."""
-        if method not in self._arguments:
-            function = getattr(self.module.skeleton, method, lambda: None)
-            self._arguments[method] = frozenset(inspect.signature(function).parameters)
-        return self._arguments[method]
 
     def variables(self, model: TorchModule) -> dict[str, nnx.Variable]:
         """The Variables of a model, by torch name."""
@@ -221,7 +212,7 @@ class _Torch:
 def _run(model: TorchModule, method: str, args: Any, kwargs: dict[str, Any], options: dict[str, Any]) -> Any:
     """Call a method, and update the buffers that it changes."""
     functional, variables = model._torch.module, model._torch.variables(model)
-    for name in options.keys() & model._torch.arguments(method):  # torch's own argument
+    for name in options.keys() & functional.arguments(method):  # torch's own argument
         kwargs |= {} if options[name] is None else {name: options[name]}
         options = {**options, name: None}
     rngs, deterministic = options["rngs"], options["deterministic"]
