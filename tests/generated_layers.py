@@ -143,7 +143,7 @@ class Buffers(nn.Module):
             self.total = self.total + row.sum()
             return x + torch.tanh(self.total)
         if self.kind == "ring":
-            self.history[self.calls % 3] = row
+            self.history[self.calls[None] % 3] = row  # an index without axes would be read as a number, by torch itself
         self.calls += 1
         return x / self.calls + self.history.mean(0)
 
