@@ -49,7 +49,7 @@ class Size(NamedTuple):
     """Steps that torch alone repeats."""
 
 
-FULL = Size(train=400, test=100, tokens=48, epochs=2, compared=10)
+FULL = Size(train=400, test=100, tokens=40, epochs=2, compared=8)
 QUICK = Size(train=25, test=25, tokens=24, epochs=2, compared=4)
 
 
@@ -272,21 +272,21 @@ def plot(ours: np.ndarray, theirs: np.ndarray, frozen: np.ndarray, tuned: np.nda
 
     losses.plot(steps, ours, color="#9ecae1", linewidth=3, label="torch encoder in Equinox, optax")
     losses.plot(steps[: len(theirs)], theirs, color="#08306b", linewidth=1, label="pure torch")
-    losses.set(title="Fine-tuning loss", xlabel="step", ylabel="cross-entropy")
+    losses.set(title="Fine-tuning loss", xlabel="step", ylabel="cross-entropy", ylim=(0, 1.3 * ours.max()))
     losses.legend(frameon=False)
 
     for (name, schedule), color in zip(schedules(len(ours)).items(), ("#9ecae1", "#08306b"), strict=True):
         rates.semilogy(steps, schedule(steps), color=color, linewidth=2, label=name)
-    rates.set(title="Learning rates", xlabel="step")
+    rates.set(title="Learning rates", xlabel="step", ylim=(1e-6, 4e-3))
     rates.legend(frameon=False)
 
     places = np.arange(len(MODULES))
     bars.bar(places - 0.2, 100 * frozen, 0.4, color="#9ecae1", label=f"frozen encoder, {frozen.mean():.1%}")
     bars.bar(places + 0.2, 100 * tuned, 0.4, color="#08306b", label=f"fine-tuned, {tuned.mean():.1%}")
-    bars.axhline(100 / len(MODULES), color="#cb181d", linestyle="--", linewidth=1)
+    bars.axhline(100 / len(MODULES), color="#cb181d", linestyle="--", linewidth=1, label="by chance")
     bars.set(title="Test docstrings recognised", ylabel="correct, %", ylim=(0, 125))
     bars.set_xticks(places, list(MODULES))
-    bars.legend(frameon=False, loc="upper left", ncols=2, fontsize="small")
+    bars.legend(frameon=False, loc="upper center", ncols=3, fontsize="small")
 
     for axes in (losses, rates, bars):
         axes.grid(alpha=0.25)
