@@ -1,5 +1,7 @@
 """Shared fixtures: reproducible random numbers, 64-bit mode, the GPU marker."""
 
+import gc
+
 import jax
 import numpy as np
 import pytest
@@ -31,3 +33,11 @@ def x64():
     """JAX with 64-bit types for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_of_one_file():
+    """Compiled programs, and the torch calls that they keep alive, are gigabytes over the whole suite."""
+    yield
+    jax.clear_caches()
+    gc.collect()

@@ -1,6 +1,5 @@
 """One trace for each signature of a `torch_function`, whatever JAX does with it."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -111,9 +110,9 @@ def traces(monkeypatch):
     shapes = []
     original = function_module.trace
 
-    def counting(function: Callable[..., Any], specs: Any, **options: Any) -> Any:
-        shapes.append([shape for shape, _ in specs])
-        return original(function, specs, **options)
+    def counting(traced: Any, **options: Any) -> Any:
+        shapes.append([shape for shape, _ in traced.specs])
+        return original(traced, **options)
 
     monkeypatch.setattr(function_module, "trace", counting)
     return shapes
