@@ -133,9 +133,29 @@ def test_donated_models_leave_torch_memory_alone():
 
 
 def test_intermediates_are_captured():
-    model = _Model(_encoder(), nnx.Rngs(0))
-    output, captured = nnx.capture(model, nnx.Intermediate, method_outputs=nnx.Intermediate)(X)
-    assert_trees_close(model.head(captured["encoder"]["__call__"].get_value()[0]), output)
+    """In a process of its own: `nnx.capture` changes the classes it meets for good."""
+    run_python(
+        """
+        import jax.numpy as jnp
+        import torch
+        import torchleaf
+        from flax import nnx
+from fresh_process import run_python
+
+        class Model(nnx.Module):
+            def __init__(self):
+                self.encoder = torchleaf.nnx.TorchModule(torch.nn.Linear(3, 4))
+                self.head = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+
+            def __call__(self, x):
+                return self.head(self.encoder(x))
+
+        model, x = Model(), jnp.ones((5, 3))
+        output, captured = nnx.capture(model, nnx.Intermediate, method_outputs=nnx.Intermediate)(x)
+        assert jnp.allclose(captured["encoder"]["__call__"].get_value()[0], model.encoder(x))
+        assert jnp.allclose(model.head(model.encoder(x)), output)
+        """
+    )
 
 
 def test_a_module_is_taken_apart_once_as_long_as_it_is_the_same():
