@@ -12,6 +12,7 @@ import torch
 import torchleaf
 from compare import assert_trees_close, from_torch
 from flax import linen, nnx
+from fresh_process import run_python
 from torch import nn
 
 Buffer, Frozen, TorchModule = torchleaf.nnx.Buffer, torchleaf.nnx.Frozen, torchleaf.nnx.TorchModule
