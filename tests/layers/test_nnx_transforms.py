@@ -141,7 +141,6 @@ def test_intermediates_are_captured():
         import torch
         import torchleaf
         from flax import nnx
-from fresh_process import run_python
 
         class Model(nnx.Module):
             def __init__(self):
