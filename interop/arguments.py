@@ -12,6 +12,7 @@ from . import dtypes
 from .arrays import check_range
 from .call import Aval
 from .signature import Signature
+from .static import static_key
 from .trees import flatten_registering
 
 Filler = Callable[[Sequence[torch.Tensor]], tuple[tuple[Any, ...], dict[str, Any]]]
@@ -88,13 +89,6 @@ class Arguments:
                     _aval(_operand(leaf))
                 except (TypeError, OverflowError) as exc:
                     raise type(exc)(f"{where}: {exc}") from None
-
-
-def static_key(leaf: Any) -> Any:
-    """A key that tells apart what `==` does not: 1, 1.0 and True; 0.0 and -0.0."""
-    if isinstance(leaf, torch.Tensor):
-        raise TypeError("a torch.Tensor is neither a JAX array nor static")
-    return (type(leaf), repr(leaf) if isinstance(leaf, float | complex) else leaf)
 
 
 def _is_array(leaf: Any) -> bool:

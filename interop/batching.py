@@ -92,6 +92,10 @@ class Vmap(TorchCall):
     def composable(self) -> bool:
         return self.inner.composable
 
+    @property
+    def recordable(self) -> bool:
+        return self.inner.recordable
+
     def run(self, *tensors: torch.Tensor) -> Tensors:
         tensors = _batch_first(self, tensors)
         try:

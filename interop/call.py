@@ -14,6 +14,7 @@ trial runs on fake tensors (`trial.py`): `torch.func` transforms where they have
 """
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -22,7 +23,8 @@ import torch
 from . import ambient
 from .dtypes import is_inexact
 from .errors import signature_text
-from .kernels import chosen
+from .kernels import COMPILED, chosen
+from .repeated import SMALL, Repeated
 from .tangents import in_forward_mode, stopped_by_no_grad
 
 Aval = jax.ShapeDtypeStruct
@@ -62,6 +64,33 @@ class TorchCall:
     def execute(self, *tensors: torch.Tensor) -> Tensors:
         """Compute, outermost: called by the compiled program under `torch.no_grad()`."""
         return self.run(*tensors)
+
+    def repeat(self, *tensors: torch.Tensor) -> Tensors:
+        """`execute`, for one of many runs."""
+        return self.run_repeatedly(self.execute, tensors)
+
+    def run_repeatedly(self, work: Callable[..., Tensors], tensors: Tensors) -> Tensors:
+        """What `work` returns on `tensors`, recorded if that is still to be done."""
+        repeated = self.repeated if tensors and tensors[0].is_cpu else None
+        return work(*tensors) if repeated is None else repeated.run(work, tensors)
+
+    def replay(self, operands: Tensors, results: Tensors) -> bool:
+        """Write into `results` what earlier runs give on these operands; False where they cannot tell."""
+        repeated = self.repeated
+        if repeated is None or repeated.replays is None:
+            return False
+        repeated.replays[0]([], *operands, *results)
+        return True
+
+    @cached_property
+    def repeated(self) -> Repeated | None:
+        """Recordings of the call, if it may be recorded."""
+        return Repeated() if self.operations <= SMALL and self.recordable else None
+
+    @property
+    def recordable(self) -> bool:
+        """Whether its ops do not depend on values, so far as is known."""
+        raise AssertionError("abstract")
 
     def prepare(self) -> None:
         """Decide how to run, before the first run: trial runs cannot nest."""
@@ -125,10 +154,12 @@ class Base(TorchCall):
     - `function`: takes one tensor per aval and returns one tensor per output aval.
     - `operand_names`: how errors call the operands.
     - `state`: operands that are state, each with the output that is its new value.
+    - `buffers`: operands that could be state; torch has no derivatives by many of them.
     - `fakeable`: whether `function` can run on fake tensors (False if it inspects values).
+    - `pure`: whether it runs the same ops each time, so far as a trace tells.
     - `grad_mode`: whether `function` has to run in torch's default grad mode in any case.
     - `fused_kernels`: those it uses that are replaced under higher derivatives (`kernels.py`).
-    - `forward_mode`, `vmap_method`, `residuals`: the user's options.
+    - `forward_mode`, `vmap_method`, `residuals`, `replay`: the user's options.
     """
 
     def __init__(
@@ -140,21 +171,26 @@ class Base(TorchCall):
         in_avals: Sequence[Aval],
         out_avals: Sequence[Aval],
         state: tuple[tuple[int, int], ...],
+        buffers: tuple[int, ...],
         operations: float,
         fakeable: bool,
+        pure: bool,
         grad_mode: bool,
         fused_kernels: frozenset[str],
         forward_mode: bool,
         vmap_method: VmapMethod,
         residuals: Residuals,
+        replay: bool,
     ):
         super().__init__()
         self.base = self
         self.function, self.name, self._operand_names = function, name, operand_names
         self.operations, self.fused_kernels = operations, fused_kernels
-        self.fakeable, self.grad_mode = fakeable, grad_mode
+        self.fakeable, self.pure, self.grad_mode = fakeable, pure, grad_mode
         self.in_avals, self.out_avals, self.state = tuple(in_avals), tuple(out_avals), state
+        self.buffers = buffers
         self.forward_mode, self.vmap_method, self.residuals = forward_mode, vmap_method, residuals
+        self.wants_replay = replay
         self.warned = False  # about falling back to a loop
 
     def run(self, *tensors: torch.Tensor) -> Tensors:
@@ -171,6 +207,10 @@ class Base(TorchCall):
         return self.fakeable
 
     @property
+    def recordable(self) -> bool:
+        return self.wants_replay and self.pure and COMPILED not in self.fused_kernels
+
+    @property
     def signature(self) -> str:
         """Operands as text, for errors."""
         return signature_text(self._operand_names, [(aval.shape, aval.dtype) for aval in self.in_avals])
@@ -180,14 +220,14 @@ class Base(TorchCall):
         return f"argument {self._operand_names[index]}" if index < len(self._operand_names) else f"operand {index}"
 
 
-def execute(call: TorchCall, *tensors: torch.Tensor) -> Tensors:
-    """Run a call outermost, on the thread of the compiled program."""
-    kernels = call.base.fused_kernels
+def execute(call: TorchCall, *tensors: torch.Tensor, repeats: bool) -> Tensors:
+    """Run a call outermost, on the thread of the compiled program; `repeats`: of one that runs many times."""
+    run, kernels = call.repeat if repeats else call.execute, call.base.fused_kernels
     with ambient.neutral(), torch.no_grad():
         if not kernels:
-            return call.execute(*tensors)
+            return run(*tensors)
         with chosen(kernels, inference=call is call.base, plain=call.plain_kernels):
-            return call.execute(*tensors)
+            return run(*tensors)
 
 
 def take(items: Sequence[Any], indices: Sequence[int]) -> tuple[Any, ...]:

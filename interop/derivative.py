@@ -11,6 +11,8 @@ import torch
 
 from . import residuals, reverse
 from .call import Aval, Linearized, Tensors, TorchCall, take
+from .graph import Graph
+from .handles import HANDLE
 from .hidden_writes import hidden_writes
 from .once import Once
 from .trial import trial_run
@@ -46,7 +48,7 @@ class _Derivative(TorchCall):
         self.n_inner = len(inner.in_avals)
         self.n_primals = self.n_inner + live
         linear_avals, self.out_avals = self._direction(take(inner.in_avals, active), take(inner.out_avals, outs))
-        self.in_avals = (*inner.in_avals, *([residuals.HANDLE] * live), *linear_avals)
+        self.in_avals = (*inner.in_avals, *([HANDLE] * live), *linear_avals)
         self.linear_operands = frozenset(range(self.n_primals, len(self.in_avals)))
 
     @property
@@ -129,6 +131,10 @@ class Jvp(_Derivative):
         residuals.discard(self._handle(tensors))  # forward mode has no use for a graph
         return self.run(*tensors)
 
+    def replay(self, operands: Tensors, results: Tensors) -> bool:
+        residuals.discard(self._handle(operands))
+        return super().replay(operands, results)
+
     def prepare(self) -> None:
         super().prepare()
         self.composable  # noqa: B018 (decides the strategy)
@@ -136,6 +142,10 @@ class Jvp(_Derivative):
     @property
     def composable(self) -> bool:
         return self._strategy is not reverse.pushforward
+
+    @property
+    def recordable(self) -> bool:
+        return self.inner.recordable and self.composable
 
     @cached_property
     def _strategy(self) -> Callable[..., Tensors]:
@@ -197,21 +207,42 @@ class Vjp(_Derivative):
         return self._functional(*tensors) if self.composable else self._autograd(*tensors)
 
     def execute(self, *tensors: torch.Tensor) -> Tensors:
+        # Outermost, torch.autograd is cheaper than torch.func and supports more.
+        return self._by_graph(tensors) or self._autograd(*tensors)
+
+    def repeat(self, *tensors: torch.Tensor) -> Tensors:
+        return self._by_graph(tensors) or self.run_repeatedly(self._autograd, tensors)
+
+    def replay(self, operands: Tensors, results: Tensors) -> bool:
+        handle = self._handle(operands)
+        if handle is None or not residuals.is_kept(handle):
+            return super().replay(operands, results)
+        tape = residuals.take_tape(handle, self.active, self.outs, batch=None)
+        if tape is None:
+            return False
+        tape.replay(*self._split(operands), results)
+        return True
+
+    def _by_graph(self, tensors: Tensors) -> Tensors | None:
         graph = residuals.take_graph(self._handle(tensors))
-        if graph is None or not graph.gives(self.active, batch=None):
-            return self._autograd(*tensors)  # outermost, torch.autograd is cheaper than torch.func and supports more
+        if not isinstance(graph, Graph) or not graph.gives(self.active, batch=None):
+            return None
         return self.pullback(graph, tensors)
 
     def prepare(self) -> None:
         super().prepare()
         self.base.derive(hidden_writes)
 
+    @property
+    def recordable(self) -> bool:
+        return self.inner.recordable and not self.base.derive(hidden_writes)
+
     def _split(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
         if self.base.derive(hidden_writes):
             tensors = tuple(x.clone() for x in tensors)
         return super()._split(tensors)
 
-    def pullback(self, graph: residuals.Graph, tensors: Tensors) -> Tensors:
+    def pullback(self, graph: Graph, tensors: Tensors) -> Tensors:
         """The cotangents by a live graph."""
         primals, cotangents = self._split(tensors)
         return reverse.conj(graph.pullback(primals, self.active, self.outs, reverse.conj(cotangents)))

@@ -34,6 +34,7 @@ def torch_function(
     vmap_method: VmapMethod = "auto",
     residuals: Residuals = "live",
     forward_mode: bool = True,
+    replay: bool = True,
     out_shape: Any = None,
     example_args: Sequence[Any] | None = None,
 ) -> Any:
@@ -69,6 +70,9 @@ def torch_function(
       backward call runs the forward again.
     - `forward_mode`: with False, derivatives go through `jax.custom_vjp` and forward mode raises JAX's message;
       for torch code that has no forward-mode formula.
+    - `replay`: in a compiled program, a small call (up to some 10 ms of work on a CPU) that does not read values runs
+      Python in its first two runs only, as `jax.jit` runs Python once; later runs repeat the torch ops that those
+      ran, if both ran the same. With False, Python runs each time: for functions with side effects.
     - `out_shape`: a pytree of `jax.ShapeDtypeStruct` like the output, for a function that inspects values
       and so cannot be traced without computing.
     - `example_args`: positional arguments to run such a function on once instead, for its output shapes.
@@ -86,6 +90,7 @@ def torch_function(
         "vmap_method": vmap_method,
         "residuals": residuals,
         "forward_mode": forward_mode,
+        "replay": replay,
         "out_shape": out_shape,
         "example_args": example_args,
     }
@@ -113,6 +118,7 @@ class TorchFunction:
         vmap_method: VmapMethod = "auto",
         residuals: Residuals = "live",
         forward_mode: bool = True,
+        replay: bool = True,
         out_shape: Any = None,
         example_args: Sequence[Any] | None = None,
     ):
@@ -132,6 +138,7 @@ class TorchFunction:
             "vmap_method": vmap_method,
             "residuals": residuals,
             "forward_mode": forward_mode,
+            "replay": replay,
         }
         self._signature = Signature(fn, self.name)
         self._specialized: dict[Any, Specialized] = {}
@@ -224,7 +231,9 @@ class TorchFunction:
             avals, names, wanted = avals[:-1], names[:-1], wanted[:-1]
         if not (found.random or found.fakeable):
             run = _without_key(run, self.name, self.key_remedy)
-        return Specialized(run, names, avals, wanted, found, name=self.name, **self._options)
+        return Specialized(
+            run, names, avals, wanted, found, name=self.name, buffers=self.state_operands, **self._options
+        )
 
     def _example(self, arguments: Arguments, wanted: Sequence[torch.dtype]) -> list[torch.Tensor] | None:
         """Values to run the callable on once: `example_args` of the same shapes, or the arguments if not traced."""

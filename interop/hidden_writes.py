@@ -25,7 +25,8 @@ def hidden_writes(call: TorchCall) -> bool:
     Raises `TorchCallError` for a forward pass that writes into operands only where gradients are recorded,
     `RandomnessError` for a backward pass that draws random numbers.
     """
-    active = tuple(i for i, aval in enumerate(call.in_avals) if is_inexact(aval.dtype))
+    buffers = call.base.buffers
+    active = tuple(i for i, aval in enumerate(call.in_avals) if is_inexact(aval.dtype) and i not in buffers)
     cotangents = take(call.out_avals, call.inexact_outs)
     n, found = len(call.in_avals), list[_Watch]()
 

@@ -1,11 +1,15 @@
 """Live residuals under vmap: one graph of the whole batch gives the gradients of each example."""
 
+from collections.abc import Iterator
+
 import torch
 
 from . import residuals
 from .batching import vmap
 from .call import Tensors, TorchCall, take
 from .derivative import Vjp
+from .graph import Graph
+from .handles import HANDLE
 
 
 class PerExampleVjp(TorchCall):
@@ -19,11 +23,13 @@ class PerExampleVjp(TorchCall):
         self._vjp, self._in_dims, self._size = vjp, in_dims, size
         inner, self._kept = vjp.recomputing()
         self._plain = vmap(inner, take(in_dims, self._kept), size)
+        self._batch = (in_dims[: vjp.n_inner], size)
+        self._out_dims = tuple(d or 0 for d in take(in_dims, vjp.active))
         self.base, self.differentiated, self.operations = vjp.base, True, self._plain.operations
         self.name = f"vmap({vjp.name})"
         self.out_avals = self._plain.out_avals
         avals = dict(zip(self._kept, self._plain.in_avals, strict=True))
-        self.in_avals = tuple(avals.get(i, residuals.HANDLE) for i in range(len(vjp.in_avals)))
+        self.in_avals = tuple(avals.get(i, HANDLE) for i in range(len(vjp.in_avals)))
 
     @property
     def plain_kernels(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -36,20 +42,34 @@ class PerExampleVjp(TorchCall):
     def composable(self) -> bool:
         return False  # it is only ever executed
 
+    @property
+    def recordable(self) -> bool:
+        return False  # it has a graph
+
     def execute(self, *tensors: torch.Tensor) -> Tensors:
         n_inner = self._vjp.n_inner
         graph = residuals.take_graph(tensors[n_inner])
-        if graph is None or not graph.gives(self._vjp.active, (self._in_dims[:n_inner], self._size)):
+        if not isinstance(graph, Graph) or not graph.gives(self._vjp.active, self._batch):
             return self._plain.execute(*take(tensors, self._kept))
-        primals, cotangents = tensors[: n_inner + 1], tensors[n_inner + 1 :]
-        dims = self._in_dims[n_inner + 1 :]
-        batched = (
-            ct.expand(self._size, *ct.shape) if d is None else ct.movedim(d, 0)
-            for ct, d in zip(cotangents, dims, strict=True)
+        grads = self._vjp.pullback(graph, (*tensors[: n_inner + 1], *self._batched(tensors)))
+        return tuple(g.movedim(d, 0) for g, d in zip(grads, self._out_dims, strict=True))
+
+    def replay(self, operands: Tensors, results: Tensors) -> bool:
+        n_inner = self._vjp.n_inner
+        tape = residuals.take_tape(operands[n_inner], self._vjp.active, self._vjp.outs, self._batch)
+        if tape is None:
+            return False
+        batched = self._batched(operands)
+        tape.replay(
+            operands[:n_inner], batched, (r.movedim(0, d) for r, d in zip(results, self._out_dims, strict=True))
         )
-        grads = self._vjp.pullback(graph, (*primals, *batched))
-        in_dims = take(self._in_dims, self._vjp.active)
-        return tuple(g.movedim(d or 0, 0) for g, d in zip(grads, in_dims, strict=True))
+        return True
+
+    def _batched(self, tensors: Tensors) -> Iterator[torch.Tensor]:
+        """Cotangents of each example, along axis 0."""
+        n_primals = self._vjp.n_primals
+        for ct, d in zip(tensors[n_primals:], self._in_dims[n_primals:], strict=True):
+            yield ct.expand(self._size, *ct.shape) if d is None else ct.movedim(d, 0)
 
     def select(self, used: tuple[int, ...]) -> tuple[TorchCall, tuple[int, ...]] | None:
         smaller, operands = self._vjp.select(used)
@@ -60,9 +80,15 @@ class PerExampleVjp(TorchCall):
 
 
 def over_batch(call: TorchCall, in_dims: tuple[int | None, ...], size: int) -> TorchCall | None:
-    """A call that makes or uses a live graph over a batch axis, if one graph can hold the batch."""
+    """A call that makes or uses a live graph over a batch axis, if one graph can hold the batch.
+
+    Where forward and backward can be replayed it is none: to run the forward again, with the weights of all examples at
+    once, costs less than to have them once for each example.
+    """
     if isinstance(call, residuals.Save) and call.batch is None and call.base.vmap_method != "batched":
-        return call.inner.derive(residuals.Save, call.active, (in_dims, size))
+        live = call.inner.derive(residuals.Save, call.active, (in_dims, size))
+        return None if live.repeated is not None else live
     if isinstance(call, Vjp) and call.live and in_dims[call.n_inner] is None:
-        return call.derive(PerExampleVjp, in_dims, size)
+        forward = over_batch(call.inner.derive(residuals.Save, call.active), in_dims[: call.n_inner], size)
+        return None if forward is None else call.derive(PerExampleVjp, in_dims, size)
     return None

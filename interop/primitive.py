@@ -1,5 +1,6 @@
 """`torch_call`: one JAX primitive for every torch call, and its rules."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +15,14 @@ from . import sharding, transport
 from .batching import vmap
 from .call import TorchCall, take
 from .derivative import Jvp, Vjp, linearize
+from .handles import HANDLE
 from .per_example import over_batch
-from .residuals import HANDLE, Save, drop_with
+from .residuals import Save, drop_with
 
 torch_call_p = Primitive("torch_call")
 torch_call_p.multiple_results = True
+eager_call_p = Primitive("torch_call_eager")
+eager_call_p.multiple_results = True
 
 
 def bind(call: TorchCall, *operands: Any) -> list[Any]:
@@ -28,7 +32,10 @@ def bind(call: TorchCall, *operands: Any) -> list[Any]:
 
 # --- evaluation ----------------------------------------------------------------------------------
 
-_compiled = jax.jit(bind, static_argnums=0)
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled(call: TorchCall, *operands: jax.Array) -> list[Any]:
+    return eager_call_p.bind(*sharding.align(operands), call=call)
 
 
 @torch_call_p.def_impl
@@ -40,12 +47,14 @@ def _impl(*operands: Any, call: TorchCall) -> list[jax.Array]:
     return results
 
 
-@torch_call_p.def_abstract_eval
 def _abstract_eval(*avals: Any, call: TorchCall) -> list[ShapedArray]:
     return [sharding.result_aval(aval.shape, aval.dtype, avals) for aval in call.out_avals]
 
 
-mlir.register_lowering(torch_call_p, transport.lower)
+torch_call_p.def_abstract_eval(_abstract_eval)
+eager_call_p.def_abstract_eval(_abstract_eval)
+mlir.register_lowering(torch_call_p, functools.partial(transport.lower, repeats=True))
+mlir.register_lowering(eager_call_p, functools.partial(transport.lower, repeats=False))
 
 
 # --- differentiation -----------------------------------------------------------------------------

@@ -8,9 +8,9 @@ import jax
 import torch
 
 from . import ambient, dtypes
-from .arguments import static_key
 from .call import Aval, Base, Tensors
 from .errors import TorchCallError
+from .static import static_key
 from .trace import Flat, Trace
 from .trees import flatten_registering, leaf_names
 
@@ -59,6 +59,7 @@ class Specialized:
             state=tuple(zip(found.state, range(self._n_outs, len(out_avals)), strict=True)),
             operations=found.operations,
             fakeable=found.fakeable,
+            pure=found.fakeable and not (found.random or found.checkpoints),
             grad_mode=found.grad_mode,
             fused_kernels=found.fused_kernels,
             **options,

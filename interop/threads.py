@@ -10,7 +10,8 @@ parallel region then pays a wake-up of 50 microseconds. So there is one team:
 
 Which calls are short follows from their operations alone, so that a program gives the same bits each time it runs.
 
-Source: [OpenMP](https://www.openmp.org/spec-html/5.0/openmpse31.html) (omp_pause_resource_all),
+Source: [PyGILState_Ensure](https://docs.python.org/3/c-api/init.html#c.PyGILState_Ensure),
+[OpenMP](https://www.openmp.org/spec-html/5.0/openmpse31.html) (omp_pause_resource_all),
 [torch's threading](https://docs.pytorch.org/docs/stable/notes/cpu_threading_torchscript_inference.html).
 """
 
@@ -40,6 +41,22 @@ def run(work: Callable[[], Any], operations: float) -> Any:
     if operations < LONG or _torch_thread().n_threads == 1:
         return _on_one_core(work)
     return _torch_thread().run(work)
+
+
+class _PythonState(threading.local):
+    """What Python keeps for a thread of XLA's: made for each call from C and dropped with it, if none stays open."""
+
+    def __init__(self) -> None:
+        ctypes.pythonapi.PyGILState_Ensure()
+        self.is_kept = True
+
+
+_python_state = _PythonState()
+
+
+def keep_python_state() -> None:
+    """Keep what Python knows of this thread until it ends: to make it anew takes as long as a small call."""
+    _python_state.is_kept  # noqa: B018 (made when a thread first asks for it)
 
 
 def settle() -> None:

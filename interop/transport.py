@@ -28,14 +28,15 @@ from .program import is_complex, part_avals, program_of, run_program, wait_until
 _TARGET = "torchleaf_call"
 
 
-def lower(ctx: mlir.LoweringRuleContext, *operands: Any, call: TorchCall) -> Any:
-    """MLIR lowering of one torch call. The executable keeps the callable alive."""
+def lower(ctx: mlir.LoweringRuleContext, *operands: Any, call: TorchCall, repeats: bool) -> Any:
+    """MLIR lowering of one torch call, in a program that `repeats` it. The executable keeps the callable alive."""
     _Forks.refuse()
     call.prepare()
     threads.settle()
     ctx.module_context.add_keepalive(call)
     platforms = set(ctx.module_context.platforms)
     carry = _ffi_call if platforms <= _registered_platforms() else _host_call
+    carry = functools.partial(carry, repeats=repeats)
     if "cuda" in platforms:
         carry = functools.partial(_without_graph, carry)
     return mlir.lower_fun(functools.partial(carry, call), multiple_results=True)(ctx, *operands)
@@ -80,9 +81,10 @@ def _without_graph(carry: Any, call: TorchCall, *operands: jax.Array) -> list[ja
 # --- XLA FFI -----------------------------------------------------------------------------------
 
 
-def _ffi_call(call: TorchCall, *operands: jax.Array) -> list[jax.Array]:
+def _ffi_call(call: TorchCall, *operands: jax.Array, repeats: bool) -> list[jax.Array]:
     target = jax.ffi.ffi_call(_TARGET, part_avals(call.out_avals))
-    return _join(call.out_avals, target(*_parts(operands), number=np.int64(program_of(call).number)))
+    number = np.int64(program_of(call, repeats=repeats).number)
+    return _join(call.out_avals, target(*_parts(operands), number=number))
 
 
 def _run_on_cuda(number: int, stream: int, *buffers: torch.Tensor) -> None:
@@ -139,14 +141,14 @@ def _warn_about_callback(platform: str) -> None:
     )
 
 
-def _host_call(call: TorchCall, *operands: jax.Array) -> list[jax.Array]:
+def _host_call(call: TorchCall, *operands: jax.Array, repeats: bool) -> list[jax.Array]:
     _warn_about_callback(jax.default_backend())
     result_avals = tuple(part_avals(call.out_avals))
 
     def host(*arrays: Any) -> tuple[np.ndarray, ...]:
         tensors = [_from_numpy(np.asarray(a)) for a in arrays]
         results = [torch.empty(a.shape, dtype=dtypes.to_torch_dtype(a.dtype)) for a in result_avals]
-        run_program(program_of(call).number, *tensors, *results)
+        run_program(program_of(call, repeats=repeats).number, *tensors, *results)
         return tuple(_to_numpy(t, a.dtype) for t, a in zip(results, result_avals, strict=True))
 
     return _join(call.out_avals, jax.pure_callback(host, result_avals, *_parts(operands)))

@@ -65,6 +65,7 @@ class TorchModule(eqx.nn.StatefulLayer):
         vmap_method: VmapMethod = "auto",
         residuals: Residuals = "live",
         forward_mode: bool = True,
+        replay: bool = True,
         out_shape: Any = None,
         copy: bool = False,
     ):
@@ -73,7 +74,7 @@ class TorchModule(eqx.nn.StatefulLayer):
         - `module`: any initialised `torch.nn.Module`. It is not changed; its weights are shared with the leaves
           (same memory, through DLPack) until an update replaces the leaves, so in-place torch operations on
           `module` show through. Tied weights are one leaf.
-        - `vmap_method`, `residuals`, `forward_mode`, `out_shape`: as in `torchleaf.torch_function`.
+        - `vmap_method`, `residuals`, `forward_mode`, `replay`, `out_shape`: as in `torchleaf.torch_function`.
         - `copy`: copy the weights instead.
 
         **Raises:** `TypeError` for lazy, scripted and float64 (without x64) modules, and those that cannot be copied.
@@ -84,6 +85,7 @@ class TorchModule(eqx.nn.StatefulLayer):
             vmap_method=vmap_method,
             residuals=residuals,
             forward_mode=forward_mode,
+            replay=replay,
             out_shape=out_shape,
         )
         leaves = self.module.leaves(module, copy=copy)

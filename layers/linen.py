@@ -56,7 +56,7 @@ class TorchModule(nn.Module):
       want them, both arguments and results; torch sees them in the second, by a view.
     - `copy_weights`: `init` copies torch's weights. (`copy` is a method of every Linen module.)
     - `rng_collection`: the stream of random numbers, as in `nn.Dropout`.
-    - `vmap_method`, `residuals`, `forward_mode`, `out_shape`: as in `torchleaf.torch_function`.
+    - `vmap_method`, `residuals`, `forward_mode`, `replay`, `out_shape`: as in `torchleaf.torch_function`.
 
     **Raises:** `TypeError` for lazy, scripted and float64 (without x64) modules, and those that cannot be copied.
     """
@@ -71,6 +71,7 @@ class TorchModule(nn.Module):
     vmap_method: VmapMethod = "auto"
     residuals: Residuals = "live"
     forward_mode: bool = True
+    replay: bool = True
     out_shape: Any = None
     made: Any = field(default=None, repr=False)  # carried over to Linen's clones; not to be given
 
@@ -79,7 +80,7 @@ class TorchModule(nn.Module):
             self.initializer = tuple(self.initializer.items())
         if self.out_shape is not None and not isinstance(self.out_shape, Tree):
             self.out_shape = Tree(*jax.tree.flatten(self.out_shape))
-        options = (self.vmap_method, self.residuals, self.forward_mode, self.out_shape)
+        options = (self.vmap_method, self.residuals, self.forward_mode, self.replay, self.out_shape)
         options = (*options, self.channels_last, self.rng_collection)
         if self.made is None or (self.made.source, self.made.options) != (self.module, options):
             self.made = Captured.of(self.module, options)

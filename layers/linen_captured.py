@@ -61,6 +61,7 @@ def _take_apart(
     vmap_method: VmapMethod,
     residuals: Residuals,
     forward_mode: bool,
+    replay: bool,
     out_shape: Tree | None,
     channels_last: bool,
     rng_collection: str,
@@ -73,6 +74,7 @@ def _take_apart(
         vmap_method=vmap_method,
         residuals=residuals,
         forward_mode=forward_mode,
+        replay=replay,
         out_shape=None if out_shape is None else jax.tree.unflatten(out_shape.treedef, out_shape.leaves),
     )
     mutable = sorted({col for col in collections(made).values() if col in ("batch_stats", "buffers")})

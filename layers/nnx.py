@@ -106,6 +106,7 @@ class TorchModule(Submodule):
         vmap_method: VmapMethod = "auto",
         residuals: Residuals = "live",
         forward_mode: bool = True,
+        replay: bool = True,
         out_shape: Any = None,
         copy: bool = False,
         channels_last: bool = False,
@@ -117,7 +118,7 @@ class TorchModule(Submodule):
           `module` show through.
         - `rngs`: where random ops draw from, as in `nnx.Dropout`: a fork of its `dropout` stream (or its default one)
           is kept. Needed by modules that draw, in calls that are given none.
-        - `vmap_method`, `residuals`, `forward_mode`, `out_shape`: as in `torchleaf.torch_function`.
+        - `vmap_method`, `residuals`, `forward_mode`, `replay`, `out_shape`: as in `torchleaf.torch_function`.
         - `copy`: copy the weights instead.
         - `channels_last`: images come and go as Flax has them, with channels in the last axis: in every floating array
           of three axes or more, the last axis is torch's second one.
@@ -129,6 +130,7 @@ class TorchModule(Submodule):
             "vmap_method": vmap_method,
             "residuals": residuals,
             "forward_mode": forward_mode,
+            "replay": replay,
             "channels_last": channels_last,
         }
         shapes, treedef = jax.tree.flatten(out_shape)

@@ -1,0 +1,259 @@
+"""The aten ops of a torch call, written down while it runs.
+
+A tensor is known by its memory and its geometry. So views and writes in place need no special care, and a tensor that
+no op made is recognised: it was there before, or came from Python.
+
+Source: [TorchDispatchMode](https://docs.pytorch.org/docs/stable/notes/extending.html#extending-torch-with-modes); the
+idea is that of [make_fx](https://docs.pytorch.org/docs/stable/func.api.html) and CUDA graphs.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .aten import bound, written
+from .random import draws
+
+Tensors = tuple[torch.Tensor, ...]
+
+_MOST_STEPS = 2000
+"""How long a recording may be: code has to be compiled."""
+_MOST_BYTES = 2**26
+"""What a recording may hold: all that the ops make, which else would be freed as they run."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor of a recording, by its number."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Where a tensor lies."""
+
+    storage: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    is_filled: bool
+    """Whether the tensor, contiguous, is all that the storage holds."""
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, storage: int) -> "Memory":
+        """That of a tensor, whose storage has this number."""
+        n_bytes = tensor.numel() * tensor.itemsize
+        is_filled = 0 < n_bytes == tensor.untyped_storage().nbytes() and tensor.is_contiguous()
+        return cls(storage, tensor.dtype, tuple(tensor.shape), is_filled)
+
+
+@dataclass
+class Step:
+    """One op: its arguments, with slots in the place of tensors, and the slots of what it returns."""
+
+    op: Any
+    args: Any
+    kwargs: Any
+    results: list[Slot | None]
+    """None for what is no new tensor."""
+    is_sequence: bool
+    writes: bool
+    grad_mode: bool
+    """Whether gradients are enabled: some ops ask."""
+
+    @property
+    def made(self) -> Slot | None:
+        """The one tensor it makes, if it does nothing else."""
+        return None if self.is_sequence or self.writes else self.results[0]
+
+    def operands(self) -> set[int]:
+        """The slots it reads, or writes into."""
+        return {x.number for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Slot)}
+
+    def slots(self) -> set[int]:
+        """The slots it has to do with."""
+        return self.operands() | {slot.number for slot in self.results if slot}
+
+
+@dataclass
+class Part:
+    """The ops of one run, or of the forward or backward half of one."""
+
+    inputs: list[Slot]
+    steps: list[Step] = field(default_factory=list)
+    outputs: list[Slot] = field(default_factory=list)
+    results: list[torch.Tensor] = field(default_factory=list)
+    """What the outputs were."""
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down the ops that run while it is entered, part after part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[Part] = []
+        self.constants: dict[int, torch.Tensor] = {}
+        self.failure: str | None = None
+        """Why the ops cannot be run again in the place of the call."""
+        self.memory: dict[int, Memory] = {}
+        self._slots: dict[Any, Slot] = {}
+        self._held: list[torch.UntypedStorage] = []  # else memory would be used again, for another tensor
+        self._n_bytes = 0
+        self._known: dict[int, int] = {}  # storages, numbered: an input's address is used again after its part
+        self._n_storages = 0
+        self._made: set[int] = set()  # those of them that ops made
+        self._made_tensors: list[weakref.ref[torch.Tensor]] = []
+        self._written: set[int] = set()  # those into which ops wrote
+        self._borrowed: set[int] = set()  # storages of inputs: they belong to XLA
+
+    def record(self, inputs: Sequence[torch.Tensor], work: Callable[[], Tensors]) -> Tensors:
+        """What `work` returns; its ops on `inputs` are the next part. No input is kept."""
+        self._borrowed = {_storage(x) for x in inputs}
+        part = Part([self._new(x) for x in inputs])
+        self.parts.append(part)
+        if any(map(_unlike_memory, inputs)) or len(self._borrowed) < len(inputs):
+            self.failure = "an operand is not plain memory, or shares it"
+        with self:
+            outputs = work()
+        if self.failure is None and any(self._is_written_unseen(x()) for x in self._made_tensors):
+            self.failure = "something wrote into a tensor unseen, on another thread for instance"
+        if self.failure is None:
+            part.outputs = [self._slot(x) for x in outputs]
+            part.results = [x.detach().clone(memory_format=torch.contiguous_format) for x in outputs]
+        self._slots = {key: slot for key, slot in self._slots.items() if key[0] not in self._borrowed}
+        self._known = {address: n for address, n in self._known.items() if address not in self._borrowed}
+        self._borrowed = set()
+        return outputs
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.failure is not None:
+            return func(*args, **kwargs)
+        if not isinstance(func, torch._ops.OpOverload):
+            self.failure = f"{func} is no aten op"
+            return func(*args, **kwargs)
+        arguments = bound(func, args, kwargs)
+        op = _PLAIN.get(func, func)
+        targets = list(written(func, arguments)) if op is func else []
+        self.failure = self._why_not(func, arguments, targets)
+        if self.failure is not None:
+            return func(*args, **kwargs)
+        given = tree_map_only(torch.Tensor, self._slot, (args, kwargs))
+        before = [memory_key(x) for x in targets]
+        output = func(*args, **kwargs)
+        if [memory_key(x) for x in targets] != before:
+            self.failure = f"{func} changes the memory of a tensor"
+            return output
+        self._note(op, given, output, writes=bool(targets))
+        self._written |= {_storage(x) for x in targets}
+        return output
+
+    def _is_written_unseen(self, tensor: torch.Tensor | None) -> bool:
+        if tensor is None or tensor.is_inference():
+            return False
+        return tensor._version > 0 and _storage(tensor) not in self._written
+
+    def _why_not(self, op: Any, arguments: dict[str, Any], targets: list[torch.Tensor]) -> str | None:
+        if draws(op, arguments):
+            return f"{op} draws random numbers"
+        if any(isinstance(x, torch.Generator) for x in arguments.values()):
+            return f"{op} takes a generator"
+        if _depends_on_values(op, arguments):
+            return f"{op} depends on values"
+        if any(_unlike_memory(x) for x in tree_leaves(arguments) if isinstance(x, torch.Tensor)):
+            return f"{op} has an operand that is not plain memory"
+        if any(_storage(x) not in self._made for x in targets):
+            return f"{op} writes into a tensor from outside"
+        return None
+
+    def _note(self, op: Any, given: tuple[Any, Any], output: Any, *, writes: bool) -> None:
+        if op in _OF_GEOMETRY:
+            return
+        is_sequence = isinstance(output, list | tuple)
+        outs = list(output) if is_sequence else [output]
+        if not all(out is None or (isinstance(out, torch.Tensor) and not _unlike_memory(out)) for out in outs):
+            self.failure = f"{op} returns what is no tensor of plain memory"
+            return
+        new = [out for out in outs if out is not None and _storage(out) not in self._known]
+        self._made |= {_storage(out) for out in new}
+        self._made_tensors += map(weakref.ref, new)
+        self._n_bytes += sum(out.untyped_storage().nbytes() for out in new)
+        if self._n_bytes > _MOST_BYTES:
+            self.failure = "the ops make too many tensors to hold"
+            self._held.clear()
+            return
+        results = [None if out is None or memory_key(out) in self._slots else self._new(out) for out in outs]
+        if len(self.parts[-1].steps) == _MOST_STEPS:
+            self.failure = "there are too many ops"
+        elif writes or any(results):
+            self.parts[-1].steps.append(Step(op, *given, results, is_sequence, writes, torch.is_grad_enabled()))
+
+    def _slot(self, tensor: torch.Tensor) -> Slot:
+        """The slot of a tensor; a constant gets one when it is first met."""
+        key = memory_key(tensor)
+        if key in self._slots:
+            return self._slots[key]
+        if _storage(tensor) in self._known:
+            self.failure = "a view was made past torch's dispatcher"
+        slot = self._new(tensor)
+        self.constants[slot.number] = tensor.detach()
+        return slot
+
+    def _new(self, tensor: torch.Tensor) -> Slot:
+        slot = self._slots[memory_key(tensor)] = Slot(len(self.memory))
+        address = _storage(tensor)
+        if address not in self._known:
+            self._known[address] = self._n_storages
+            self._n_storages += 1
+        self.memory[slot.number] = Memory.of(tensor, self._known[address])
+        if address not in self._borrowed:
+            self._held.append(tensor.untyped_storage())  # `.data` can give the tensor other memory
+        return slot
+
+
+def _depends_on_values(op: Any, arguments: dict[str, Any]) -> bool:
+    """Whether the values of its operands decide on what an op returns, or on its shape."""
+    if op is _aten.index.Tensor:
+        return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in arguments["indices"])
+    return torch.Tag.data_dependent_output in op.tags or torch.Tag.dynamic_output_shape in op.tags
+
+
+_aten = torch.ops.aten
+_OF_GEOMETRY = {_aten.is_same_size.default, _aten._has_same_storage_numel.default}
+"""Ops that ask for shapes alone, which stay the same."""
+
+_PLAIN = {  # ops whose effect is more than memory, and those that do as much with memory
+    _aten._efficientzerotensor.default: _aten.zeros.default,
+    _aten.as_strided_.default: _aten.as_strided.default,
+    _aten.squeeze_.default: _aten.squeeze.default,
+    _aten.squeeze_.dim: _aten.squeeze.dim,
+    _aten.squeeze_.dims: _aten.squeeze.dims,
+    _aten.t_.default: _aten.t.default,
+    _aten.transpose_.default: _aten.transpose.int,
+    _aten.unsqueeze_.default: _aten.unsqueeze.default,
+}
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def memory_key(tensor: torch.Tensor) -> Any:
+    """What tells a tensor of plain memory from all others: where its elements lie."""
+    return _storage(tensor), tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+
+
+def _unlike_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is more, or less, than memory with a geometry."""
+    return (
+        type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+        or tensor.layout != torch.strided
+        or tensor.is_quantized
+        or tensor.is_complex()
+        or tensor.is_neg()
+    )

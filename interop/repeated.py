@@ -1,0 +1,120 @@
+"""Calls of a compiled program, which runs many times: small ones run as a recording of their ops.
+
+The first two runs of a call are recorded (`recording.py`). If they did the same, the following ones replay it; Python
+has its say no more then, as in every program that `jax.jit` compiled. Otherwise, and where ops depend on values or draw
+random numbers, the call runs as it is each time.
+"""
+
+import contextlib
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+
+import torch
+
+from .recording import Recorder
+from .replay import Code, Replay, codes_of
+
+Tensors = tuple[torch.Tensor, ...]
+Direction = tuple[tuple[int, ...], tuple[int, ...]]
+
+SMALL = 1e9
+"""Floating-point operations up to which a call is recorded; in longer ones what is not torch's ops weighs little."""
+
+_TRIES = 64  # a recording ends in vain where the backward half never comes
+
+
+class Repeated:
+    """The recordings of one call."""
+
+    def __init__(self) -> None:
+        self.replays: tuple[Replay, ...] | None = None
+        """The call's parts as replays, once that is known to be possible."""
+        self.direction: Direction | None = None
+        """Of a forward and a backward half: the operands and the outputs by which gradients are taken."""
+        self._first: tuple[Code, ...] | None = None
+        self._tries, self._decided = 0, False
+        self._under_way: weakref.WeakSet[Recorder] = weakref.WeakSet()
+        self._lock = threading.Lock()
+
+    def run(self, work: Callable[..., Tensors], tensors: Tensors) -> Tensors:
+        """What `work` returns on `tensors`; it is recorded, if that is not decided yet."""
+        recorder = self.recorder()
+        if recorder is None:
+            return work(*tensors)
+        try:
+            outs = recorder.record(tensors, lambda: work(*tensors))
+        except Exception:  # the callable's own fault, or of an op that does not run in a dispatch mode
+            self.refuse()
+            return work(*tensors)
+        self.offer(recorder, tensors)
+        return outs
+
+    def recorder(self) -> Recorder | None:
+        """What to record a run with, if it is to be recorded."""
+        with self._lock:
+            if self._decided or self._tries == _TRIES or len(self._under_way) == 2:
+                return None
+            self._tries += 1
+            recorder = Recorder()
+            self._under_way.add(recorder)
+            return recorder
+
+    def refuse(self) -> None:
+        """Record no more: a run failed that was recorded."""
+        with self._lock:
+            self._decided, self._first = True, None
+
+    def offer(self, recorder: Recorder, inputs: Tensors, direction: Direction | None = None) -> None:
+        """Take a recording of a whole run, with the inputs of its last part: the second decides."""
+        codes = None if recorder.failure else codes_of(recorder)
+        with self._lock:
+            if self._decided:
+                return
+            first = self._first
+            if codes is not None and first is None:
+                self._first, self.direction = codes, direction
+                return
+            if codes is not None and first is not None and direction == self.direction:
+                replays = tuple(code.compile() for code in codes)
+                if all(map(Code.same_as, codes, first)) and _prove(replays, recorder, inputs):
+                    self.replays = replays
+            self._decided, self._first = True, None
+
+
+def _prove(replays: tuple[Replay, ...], recorder: Recorder, inputs: Tensors) -> bool:
+    """Whether the replays give what the recorded run gave: some ops cannot be called as a dispatch mode sees them."""
+    kept: list[torch.Tensor] = []
+    try:
+        for part, run in zip(recorder.parts, replays, strict=True):
+            results = [torch.empty_like(x) for x in part.results]
+            with ops_alone():
+                kept = run(kept, *inputs[: len(part.inputs)], *results)
+            if not all(map(_same_bits, results, part.results)):
+                return False
+    except Exception:
+        return False
+    return True
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+@contextlib.contextmanager
+def ops_alone() -> Iterator[None]:
+    """Around a replay: neither gradients nor autocast, which have had their say. It may leave another grad mode."""
+    grad_mode = torch.is_grad_enabled()
+    try:
+        with torch._C._ExcludeDispatchKeyGuard(_ABOVE_OPS):
+            yield
+    finally:
+        torch._C._set_grad_enabled(grad_mode)
+
+
+_KEYS = torch._C.DispatchKey
+_ABOVE_OPS = functools.reduce(
+    torch._C.DispatchKeySet.__or__,
+    map(torch._C.DispatchKeySet, (_KEYS.AutogradFunctionality, _KEYS.ADInplaceOrView, _KEYS.AutocastCPU)),
+)

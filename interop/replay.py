@@ -1,0 +1,168 @@
+"""A recording as Python code that runs its ops again, and nothing else.
+
+What Python, `torch.func` and torch's autograd do around the ops of a small call takes longer than the ops. A call whose
+ops do not depend on values runs the same ones each time, on the same arguments, so that those alone give the same bits.
+
+Ops that have an `out` variant write outputs where they belong; others' are copied.
+
+Source: the idea is that of [torch.fx](https://docs.pytorch.org/docs/stable/fx.html) and of CUDA graphs.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .recording import Part, Recorder, Slot, Step, memory_key
+from .static import static_key
+
+Replay = Callable[..., list[torch.Tensor]]
+"""Takes a list of what the part before keeps for it, which it empties, its inputs, and tensors into which it writes its
+outputs; returns a list of what it keeps for the next part. It may leave another grad mode."""
+
+
+def codes_of(recorder: Recorder) -> "tuple[Code, ...]":
+    """The parts of a recording, each as code."""
+    codes: list[Code] = []
+    kept: list[int] = []
+    for part in reversed(recorder.parts):
+        codes.append(Code(recorder, part, kept))
+        kept = codes[-1].given
+    return tuple(codes[::-1])
+
+
+class Code:
+    """One part as code: a line for each op, which costs less than to interpret them.
+
+    **Arguments:**
+
+    - `recorder`: the recording.
+    - `part`: one of its parts.
+    - `kept`: the slots that the next part needs of it.
+    """
+
+    def __init__(self, recorder: Recorder, part: Part, kept: list[int]):
+        self._memory, self._outputs, self._kept = recorder.memory, part.outputs, kept
+        self._direct = self._find_direct(part)
+        self._copied = [(i, slot.number) for i, slot in enumerate(part.outputs) if i not in self._direct.values()]
+        steps = self._needed(part.steps)
+        used = {n for step in steps for n in step.operands()} | {n for _, n in self._copied} | {*kept}
+        made = {slot.number for step in steps for slot in step.results if slot}
+        inputs = [slot.number for slot in part.inputs]
+        outside = sorted(used - made - {*inputs})
+        self.given = [n for n in outside if n not in recorder.constants]
+        """The slots it needs of the part before."""
+        self._names: dict[int, str] = {}
+        self.values = {self._show(Slot(n)): recorder.constants[n] for n in outside if n in recorder.constants}
+        """The globals of the code: constants, ops, and what has no literal."""
+        self.source = "\n    ".join(self._lines(steps, inputs, len(part.outputs)))
+
+    def same_as(self, other: "Code") -> bool:
+        """Whether both do the same. Each holds its constants, so equal addresses are of the same tensors."""
+        return self.source == other.source and self._keys() == other._keys()
+
+    def compile(self) -> Replay:
+        """The code as a function."""
+        scope: dict[str, Any] = {**self.values}
+        exec(self.source, scope)
+        return scope["run"]
+
+    def _keys(self) -> dict[str, Any]:
+        return {k: memory_key(v) if isinstance(v, torch.Tensor) else static_key(v) for k, v in self.values.items()}
+
+    def _find_direct(self, part: Part) -> dict[int, int]:
+        """Slots that an op can make where an output belongs, each with its number: nothing else needs their memory."""
+        makers = {step.made.number: step.op for step in part.steps if step.made}
+        storage = {n: memory.storage for n, memory in self._memory.items()}
+        elsewhere = {storage[n] for n in self._kept}
+        elsewhere |= {storage[n] for step in part.steps if step.writes for n in step.operands()}
+        outputs = [storage[slot.number] for slot in part.outputs]
+        direct = {}
+        for i, slot in enumerate(part.outputs):
+            first = min(n for n in storage if storage[n] == outputs[i])  # the output itself, or it is a view of this
+            if first not in makers or makers[first] not in OUT_VARIANTS:
+                continue
+            whole = [self._memory[slot.number], self._memory[first]]
+            filled = all(memory.is_filled for memory in whole) and whole[0].dtype == whole[1].dtype
+            if filled and outputs[i] not in elsewhere and outputs.count(outputs[i]) == 1:
+                direct[first] = i
+        return direct
+
+    def _needed(self, steps: list[Step]) -> list[Step]:
+        """The steps on which an output or what is kept depends."""
+        wanted = {n for _, n in self._copied} | {*self._kept} | self._direct.keys()
+        needed = []
+        for step in reversed(steps):
+            if step.writes or any(slot.number in wanted for slot in step.results if slot):
+                wanted |= step.operands()
+                needed.append(step)
+        return needed[::-1]
+
+    def _lines(self, steps: list[Step], inputs: list[int], n_outputs: int) -> list[str]:
+        results = [f"r{i}" for i in range(n_outputs)]
+        lines = [f"def run({', '.join(['kept', *(self._show(Slot(n)) for n in inputs), *results])}):"]
+        if self.given:
+            lines += [f"{''.join(self._show(Slot(n)) + ', ' for n in self.given)} = kept", "kept.clear()"]
+        staying = {*inputs, *self._kept, *(n for _, n in self._copied)}
+        last = {n: step for step in steps for n in step.slots()}
+        grad_mode = None
+        for step in steps:
+            if step.grad_mode is not grad_mode:
+                grad_mode = step.grad_mode
+                lines.append(f"{self._global(torch._C._set_grad_enabled)}({grad_mode})")
+            lines.append(self._line(step))
+            names = [self._show(Slot(n)) for n in sorted(step.slots() - staying) if last[n] is step]
+            names = [name for name in names if name not in self.values]
+            lines += [f"del {', '.join(names)}"] if names else []
+        lines += [f"r{i}.copy_({self._show(Slot(n))})" for i, n in self._copied]
+        return [*lines, f"return {self._show([Slot(n) for n in self._kept])}"]
+
+    def _line(self, step: Step) -> str:
+        op, given = step.op, [*map(self._show, step.args), *(f"{k}={self._show(v)}" for k, v in step.kwargs.items())]
+        if step.made and step.made.number in self._direct:
+            op = OUT_VARIANTS[op]
+            given.append(f"{op._schema.arguments[-1].name}={self._result(step.made.number)}")
+        results = "".join((self._show(slot) if slot else "_") + ", " for slot in step.results)
+        return f"{results if step.is_sequence else results[:-2]} = {self._global(op._op)}({', '.join(given)})"
+
+    def _result(self, made: int) -> str:
+        """Where a slot is made that is an output, or has it as a view."""
+        i = self._direct[made]
+        shape, wanted = self._memory[made].shape, self._memory[self._outputs[i].number].shape
+        return f"r{i}" if shape == wanted else f"r{i}.view({self._show(shape)})"
+
+    def _show(self, value: Any) -> str:
+        match value:
+            case Slot():
+                return self._names.setdefault(value.number, f"t{len(self._names)}")
+            case list() | tuple():
+                return "[" + ", ".join(map(self._show, value)) + "]"
+            case None | bool() | int():
+                return repr(value)
+        return self._global(value)
+
+    def _global(self, value: Any) -> str:
+        name = f"v{len(self.values)}"
+        self.values[name] = value
+        return name
+
+
+_aten = torch.ops.aten
+OUT_VARIANTS = {
+    _aten.mm.default: _aten.mm.out,
+    _aten.addmm.default: _aten.addmm.out,
+    _aten.bmm.default: _aten.bmm.out,
+    _aten.baddbmm.default: _aten.baddbmm.out,
+    _aten.sum.dim_IntList: _aten.sum.IntList_out,
+    _aten.add.Tensor: _aten.add.out,
+    _aten.mul.Tensor: _aten.mul.out,
+    _aten.tanh.default: _aten.tanh.out,
+    _aten.sigmoid.default: _aten.sigmoid.out,
+    _aten.gelu.default: _aten.gelu.out,
+    _aten.threshold_backward.default: _aten.threshold_backward.grad_input,
+    _aten.tanh_backward.default: _aten.tanh_backward.grad_input,
+    _aten.sigmoid_backward.default: _aten.sigmoid_backward.grad_input,
+    _aten.gelu_backward.default: _aten.gelu_backward.grad_input,
+}
+"""Ops whose result can be written into given memory. Those of loss functions, for example, resize it meanwhile, which
+XLA's must not be."""
