@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 import torch
-from compare import from_torch
+from compare import from_torch, repeatedly
 
-eager_and_filter_jit = pytest.mark.parametrize("jit", [lambda f: f, eqx.filter_jit], ids=["eager", "filter_jit"])
+eager_and_filter_jit = pytest.mark.parametrize(
+    "jit", [lambda f: f, repeatedly(eqx.filter_jit)], ids=["eager", "filter_jit"]
+)
 
 
 def weighted_sum(output: Any) -> jax.Array:

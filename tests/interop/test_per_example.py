@@ -1,4 +1,4 @@
-"""Live residuals under vmap: the gradients of each example from one graph of the batch, and no graph left behind."""
+"""Gradients of each example: from one graph of the batch, or by replay; and no graph left behind."""
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +31,16 @@ def gradients(layer, argnums=(0, 1, 2)):
     return jax.value_and_grad(lambda w, b, x: jnp.square(layer(w, b, x)).sum(), argnums)
 
 
+live_and_replay = pytest.mark.parametrize("replay", [False, True], ids=["live", "replay"])
 IN_AXES = [(None, None, 0), (0, None, 0), (1, 0, None), (None, None, 1)]
 
 
 @eager_and_jit
+@live_and_replay
 @pytest.mark.parametrize("method", ["auto", "vmap", "loop"])
 @pytest.mark.parametrize("in_axes", IN_AXES, ids=str)
-def test_gradients_of_each_example(operands, in_axes, method, jit):
-    layer = torchleaf.torch_function(dense, vmap_method=method)
+def test_gradients_of_each_example(operands, in_axes, method, replay, jit):
+    layer = torchleaf.torch_function(dense, vmap_method=method, replay=replay)
     args = [
         x if axis is None or (x.ndim == 2 and x is operands[2]) else jnp.stack([x, 2 * x, -x, x + 1, x - 1], axis)
         for x, axis in zip(operands, in_axes, strict=True)
@@ -54,28 +56,30 @@ def test_gradients_of_each_example(operands, in_axes, method, jit):
 
 def test_the_forward_runs_once(operands):
     recorder = Recorder(dense)
-    layer = torchleaf.torch_function(recorder)
+    layer = torchleaf.torch_function(recorder, replay=False)
     w, b, x = operands
     jax.block_until_ready(jax.jit(jax.vmap(gradients(layer), (None, None, 0)))(w, b, x))
     assert len(recorder.computed) == 1
 
 
 @eager_and_jit
-def test_cotangents_without_a_batch(operands, jit):
+@live_and_replay
+def test_cotangents_without_a_batch(operands, replay, jit):
     """`sum` gives every example the same cotangent."""
     w, b, x = operands
-    layer = torchleaf.torch_function(dense)
+    layer = torchleaf.torch_function(dense, replay=replay)
     actual = jit(jax.vmap(jax.grad(lambda w, x: layer(w, b, x).sum()), (None, 0)))(w, x)
     expected = jax.vmap(jax.grad(lambda w, x: dense_twin(w, b, x).sum()), (None, 0))(w, x)
     assert_trees_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @eager_and_jit
+@live_and_replay
 @pytest.mark.parametrize("transform", [jax.jacrev, jax.jacfwd, jax.hessian], ids=lambda t: t.__name__)
-def test_batched_cotangents_recompute(operands, transform, jit):
+def test_batched_cotangents_recompute(operands, transform, replay, jit):
     """A Jacobian's graph serves one cotangent; the batch of them recomputes."""
     w, b, x = operands
-    layer = torchleaf.torch_function(dense)
+    layer = torchleaf.torch_function(dense, replay=replay)
     actual = jit(jax.vmap(transform(lambda x: layer(w, b, x))))(x)
     expected = jax.vmap(transform(lambda x: dense_twin(w, b, x)))(x)
     assert_trees_close(actual, expected, rtol=1e-4, atol=1e-5)
@@ -83,9 +87,10 @@ def test_batched_cotangents_recompute(operands, transform, jit):
 
 
 @eager_and_jit
-def test_nested_batches(operands, jit):
+@live_and_replay
+def test_nested_batches(operands, replay, jit):
     w, b, x = operands
-    layer = torchleaf.torch_function(dense)
+    layer = torchleaf.torch_function(dense, replay=replay)
     twice = jnp.stack([x, 2 * x])
 
     def program(layer):
@@ -99,7 +104,7 @@ def test_nested_batches(operands, jit):
 def test_branches_that_no_example_takes_leave_few_graphs(operands):
     """vmap turns `cond` into a choice between both branches, so a handle can be lost; its graph is dropped later."""
     w, b, x = operands
-    layer = torchleaf.torch_function(dense)
+    layer = torchleaf.torch_function(dense, replay=False)
 
     def loss(w, x, flag):
         return jax.lax.cond(flag, lambda: layer(w, b, x).sum(), lambda: w.sum() * x.sum())
