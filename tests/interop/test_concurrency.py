@@ -25,6 +25,7 @@ import torchleaf
 from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs in the background ignore it
 faulthandler.dump_traceback_later(60, exit=True)
 torch.set_num_threads(max(2, torch.get_num_threads()))  # a machine of one core too
 torch.manual_seed(0)
@@ -281,7 +282,7 @@ def function(x):
     return y
 
 
-step = {jit}(torchleaf.torch_function(function))
+step = {jit}(torchleaf.torch_function(function, replay=False))
 x = jnp.asarray(xs[0])
 before = np.asarray(step(x))
 for _ in range(2):

@@ -177,6 +177,7 @@ def test_data_loaders_with_workers():
 # --- exits -------------------------------------------------------------------------------------------
 
 _IN_FLIGHT = """
+import signal
 import sys
 import threading
 import time
@@ -187,6 +188,7 @@ import torch
 import torchleaf
 from torch._subclasses.fake_tensor import is_fake
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs in the background ignore it
 started = threading.Event()
 
 
