@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from compare import assert_trees_close, eager_and_jit, from_torch
+from compare import assert_trees_close, eager_and_jit, from_torch, repeated_jit
 from samples import as_torch
 from torch.nn import functional as F
 from torchleaf import TorchCallError, to_jax, torch_function
@@ -164,7 +164,7 @@ def wrap(writer, **options):
 @eager_and_jit
 @pytest.mark.parametrize("writer", WRITERS, ids=name_of)
 def test_writes_into_arguments_stay_inside_the_call(writer, jit):
-    inspects = writer in INSPECTING and jit is not jax.jit  # then the first call itself is the trace
+    inspects = writer in INSPECTING and jit is not repeated_jit  # then the first call itself is the trace
     call = jit(torch_function(writer) if inspects else wrap(writer))
     for sign in (-1, 1):  # the first call is the one that is traced
         x, y = sign * (X + 1), X * 3

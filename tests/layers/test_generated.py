@@ -22,7 +22,7 @@ from samples import raw_bytes
 from torch import nn
 from untouched import unchanged
 
-FAST, SLOW, STEPS = 50, 500, 3
+FAST, SLOW, STEPS = 20, 500, 3
 SEEDS = [*range(FAST), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(FAST, FAST + SLOW))]
 
 pytestmark = pytest.mark.filterwarnings("ignore:vmap of .*runs as a loop")

@@ -1,6 +1,7 @@
 """Every class of torch.nn works, or is listed with the reason why not; docs/torch_nn.md says how.
 
-Output, gradient and vmap of the specs that are in the catalogue too are tested with it, in `test_layers.py`.
+Output, gradient and vmap of the specs that are in the catalogue too are tested with it, in
+`test_every_framework_layers.py`.
 """
 
 import contextlib
