@@ -14,9 +14,10 @@ import pytest
 import torch
 import torchleaf
 import twins
-from compare import assert_trees_close, from_torch
+from compare import assert_same_bits, assert_trees_close, from_torch
 from samples import as_torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torchleaf.interop import transport
 from torchleaf.interop.recording import Recorder as Recording
 from torchleaf.interop.residuals import live_graphs
@@ -24,10 +25,6 @@ from watching import Recorder
 
 RUNS = 6
 """Two are recorded; the others replay."""
-
-
-def same(actual, expected):
-    assert_trees_close(actual, expected, rtol=0, atol=0)
 
 
 def close(actual, expected):
@@ -117,7 +114,7 @@ def test_gradients_have_the_bits_of_torch_in_every_run(name, residuals):
         x, cotangent = torch.randn(shape), torch.randn(cotangent_shape)
         params = new_weights(module, run)
         result = step(with_params(model, params), torchleaf.to_jax(x), torchleaf.to_jax(cotangent))
-        same(result, native(module, x, cotangent, residuals))
+        assert_same_bits(result, native(module, x, cotangent, residuals))
 
 
 @modules
@@ -129,7 +126,7 @@ def test_outputs_have_the_bits_of_torch_in_every_run(name):
         x = torch.randn(shape)
         y = call(with_params(model, new_weights(module, run)), torchleaf.to_jax(x))
         with torch.no_grad():
-            same(y, from_torch(module(x)))
+            assert_same_bits(y, from_torch(module(x)))
 
 
 @residuals
@@ -152,8 +149,10 @@ def test_batch_statistics_have_the_bits_of_torch_in_every_run(residuals):
         expected = torch.autograd.grad(y, [*module.parameters(), x], cotangent)
         arrays = torchleaf.to_jax(x.detach()), torchleaf.to_jax(cotangent)
         state, (out, grads, x_grad) = step(with_params(model, params), state, *arrays)
-        same([out, *(grads[name] for name, _ in module.named_parameters()), x_grad], from_torch([y, *expected]))
-        same(state.get(model.buffer_index), from_torch(dict(module.named_buffers())))
+        assert_same_bits(
+            [out, *(grads[name] for name, _ in module.named_parameters()), x_grad], from_torch([y, *expected])
+        )
+        assert_same_bits(state.get(model.buffer_index), from_torch(dict(module.named_buffers())))
 
 
 # --- when Python runs --------------------------------------------------------------------------------
@@ -368,7 +367,7 @@ def test_outputs_in_every_run(name):
     for run in range(RUNS):
         (x,) = twins.normal((4, 3), seed=run)
         expected = jax.tree.map(lambda y: y, FUNCTIONS[name](as_torch(x)))
-        same(jax.tree.leaves(call(x)), jax.tree.leaves(from_torch(expected)))
+        assert_same_bits(jax.tree.leaves(call(x)), jax.tree.leaves(from_torch(expected)))
 
 
 def inexact(tree):
@@ -388,7 +387,7 @@ def test_gradients_in_every_run(name, residuals):
     for run in range(RUNS):
         (x,) = twins.normal((4, 3), seed=run)
         leaf = as_torch(x).requires_grad_()
-        outs = [y for y in jax.tree.leaves(FUNCTIONS[name](leaf.clone())) if y.is_floating_point() or y.is_complex()]
+        outs = [y for y in tree_leaves(FUNCTIONS[name](leaf.clone())) if y.is_floating_point() or y.is_complex()]
         total = [y.detach().to(dtype_of(y)).to(y.dtype).square().conj() for y in outs]
         pairs = [(y, ct) for y, ct in zip(outs, total, strict=True) if y.requires_grad]
         (grad,) = torch.autograd.grad([y for y, _ in pairs], leaf, [ct for _, ct in pairs])
@@ -407,7 +406,7 @@ def test_every_dtype(dtype, x64):
         leaf = torchleaf.to_torch(x).clone().requires_grad_()
         y = (leaf.tanh().T @ leaf)[0, 1]
         y.backward()
-        same(step(x), from_torch((y, leaf.grad)))
+        assert_same_bits(step(x), from_torch((y, leaf.grad)))
 
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.int32, jnp.int64, jnp.uint8, bool], ids=lambda d: d.__name__)
@@ -418,7 +417,7 @@ def test_every_integer_dtype(dtype, x64):
     call = jax.jit(torchleaf.torch_function(function))
     for run in range(RUNS):
         x = (10 * twins.normal((4, 3), seed=run)[0]).astype(dtype)
-        same(call(x), from_torch(function(as_torch(x))))
+        assert_same_bits(call(x), from_torch(function(as_torch(x))))
 
 
 @pytest.mark.parametrize("first", [0, 3])
@@ -559,7 +558,7 @@ def test_grad_modes_around_some_runs_change_nothing(context, since):
         expected = native(module, x, cotangent, "live")
         with context() if run >= since else contextlib.nullcontext():
             actual = step(model, torchleaf.to_jax(x), torchleaf.to_jax(cotangent))
-        same(actual, expected)
+        assert_same_bits(actual, expected)
 
 
 def test_grad_mode_stays_as_it_was():
@@ -579,7 +578,7 @@ def test_autocast_around_some_runs():
         with torch.autocast("cpu", torch.bfloat16, enabled=run % 2 == 1):
             expected = from_torch(torch.tanh(as_torch(x) @ as_torch(w)))
             assert expected.dtype == (jnp.bfloat16 if run % 2 else jnp.float32)
-            same((inside if run % 2 else outside)(x, w), expected)
+            assert_same_bits((inside if run % 2 else outside)(x, w), expected)
 
 
 def test_autocast_inside():
@@ -595,7 +594,7 @@ def test_autocast_inside():
         y = layer(*leaves)
         y.sum().backward()
         value, grads = step(x, w)
-        same(grads, from_torch(tuple(leaf.grad for leaf in leaves)))
+        assert_same_bits(grads, from_torch(tuple(leaf.grad for leaf in leaves)))
         close(value, from_torch(y.sum()))
 
 
