@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradien
 
 from .call import Tensors, TorchCall
 from .kernels import compiling
+from .recording import storage_of
 from .repeated import Repeated
 
 Batch = tuple[tuple[int | None, ...], int]
@@ -54,7 +55,7 @@ class Graph:
         return self._recorded(tensors, lambda: self._forward(operands(tensors)))
 
     def _forward(self, operands: Tensors) -> Tensors:
-        self._saved.operand_of = {_storage(x): i for i, x in enumerate(operands)}
+        self._saved.operand_of = {storage_of(x): i for i, x in enumerate(operands)}
         self._saved.operands = operands  # the call may itself go backward
         compiled = compiling(self._call.base.fused_kernels, self._saved.pack)
         with compiled as pack, torch.enable_grad(), saved_tensors_hooks(pack, self._saved.unpack):
@@ -83,7 +84,7 @@ class Graph:
 
     def holds(self, operands: Sequence[torch.Tensor]) -> bool:
         """Whether the call made leaves of operands, to differentiate by them itself: the graph has their memory."""
-        storages = {_storage(x) for x in operands}
+        storages = {storage_of(x) for x in operands}
         seen: set[Any] = set()
         nodes = [edge.node for edge in self._outputs if edge is not None]
         while nodes:
@@ -92,7 +93,7 @@ class Graph:
                 continue
             seen.add(node)
             leaf = getattr(node, "variable", None)
-            if leaf is not None and _storage(leaf) in storages:
+            if leaf is not None and storage_of(leaf) in storages:
                 return True
             nodes += [following for following, _ in node.next_functions if following is not None]
         return False
@@ -145,7 +146,7 @@ class _Saved:
 
     def pack(self, tensor: torch.Tensor) -> Any:
         """What to keep of a tensor that torch saves."""
-        operand = self.operand_of.get(_storage(tensor))
+        operand = self.operand_of.get(storage_of(tensor))
         if operand is None:
             return tensor.detach()  # an output holds the node that saves it
         if tensor.is_conj() or tensor.is_neg():
@@ -182,7 +183,3 @@ def _edge(tensor: torch.Tensor) -> GradientEdge:
     if node is None or isinstance(node, torch._C._FunctionBase):  # one written in Python needs more to stay alive
         return get_gradient_edge(tensor)
     return GradientEdge(node, tensor.output_nr)
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata

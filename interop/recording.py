@@ -113,7 +113,7 @@ class Recorder(TorchDispatchMode):
 
     def record(self, inputs: Sequence[torch.Tensor], work: Callable[[], Tensors]) -> Tensors:
         """What `work` returns; its ops on `inputs` are the next part. No input is kept."""
-        self._borrowed = {_storage(x) for x in inputs}
+        self._borrowed = {storage_of(x) for x in inputs}
         part = Part([self._new(x) for x in inputs])
         self.parts.append(part)
         if any(map(_unlike_memory, inputs)) or len(self._borrowed) < len(inputs):
@@ -150,13 +150,13 @@ class Recorder(TorchDispatchMode):
             self.failure = f"{func} changes the memory of a tensor"
             return output
         self._note(op, given, output, writes=bool(targets))
-        self._written |= {_storage(x) for x in targets}
+        self._written |= {storage_of(x) for x in targets}
         return output
 
     def _is_written_unseen(self, tensor: torch.Tensor | None) -> bool:
         if tensor is None or tensor.is_inference():
             return False
-        return tensor._version > 0 and _storage(tensor) not in self._written
+        return tensor._version > 0 and storage_of(tensor) not in self._written
 
     def _why_not(self, op: Any, arguments: dict[str, Any], targets: list[torch.Tensor]) -> str | None:
         if draws(op, arguments):
@@ -167,7 +167,7 @@ class Recorder(TorchDispatchMode):
             return f"{op} depends on values"
         if any(_unlike_memory(x) for x in tree_leaves(arguments) if isinstance(x, torch.Tensor)):
             return f"{op} has an operand that is not plain memory"
-        if any(_storage(x) not in self._made for x in targets):
+        if any(storage_of(x) not in self._made for x in targets):
             return f"{op} writes into a tensor from outside"
         return None
 
@@ -179,8 +179,8 @@ class Recorder(TorchDispatchMode):
         if not all(out is None or (isinstance(out, torch.Tensor) and not _unlike_memory(out)) for out in outs):
             self.failure = f"{op} returns what is no tensor of plain memory"
             return
-        new = [out for out in outs if out is not None and _storage(out) not in self._known]
-        self._made |= {_storage(out) for out in new}
+        new = [out for out in outs if out is not None and storage_of(out) not in self._known]
+        self._made |= {storage_of(out) for out in new}
         self._made_tensors += map(weakref.ref, new)
         self._n_bytes += sum(out.untyped_storage().nbytes() for out in new)
         if self._n_bytes > _MOST_BYTES:
@@ -198,7 +198,7 @@ class Recorder(TorchDispatchMode):
         key = memory_key(tensor)
         if key in self._slots:
             return self._slots[key]
-        if _storage(tensor) in self._known:
+        if storage_of(tensor) in self._known:
             self.failure = "a view was made past torch's dispatcher"
         slot = self._new(tensor)
         self.constants[slot.number] = tensor.detach()
@@ -206,7 +206,7 @@ class Recorder(TorchDispatchMode):
 
     def _new(self, tensor: torch.Tensor) -> Slot:
         slot = self._slots[memory_key(tensor)] = Slot(len(self.memory))
-        address = _storage(tensor)
+        address = storage_of(tensor)
         if address not in self._known:
             self._known[address] = self._n_storages
             self._n_storages += 1
@@ -239,13 +239,14 @@ _PLAIN = {  # ops whose effect is more than memory, and those that do as much wi
 }
 
 
-def _storage(tensor: torch.Tensor) -> int:
+def storage_of(tensor: torch.Tensor) -> int:
+    """The address of a tensor's storage, which is another's when it is gone."""
     return tensor.untyped_storage()._cdata
 
 
 def memory_key(tensor: torch.Tensor) -> Any:
     """What tells a tensor of plain memory from all others: where its elements lie."""
-    return _storage(tensor), tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+    return storage_of(tensor), tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
 def _unlike_memory(tensor: torch.Tensor) -> bool:

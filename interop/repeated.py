@@ -76,10 +76,10 @@ class Repeated:
             if codes is not None and first is None:
                 self._first, self.direction = codes, direction
                 return
-            if codes is not None and first is not None and direction == self.direction:
+            is_direction = direction == self.direction
+            if codes is not None and first is not None and is_direction and all(map(Code.same_as, codes, first)):
                 replays = tuple(code.compile() for code in codes)
-                if all(map(Code.same_as, codes, first)) and _prove(replays, recorder, inputs):
-                    self.replays = replays
+                self.replays = replays if _prove(replays, recorder, inputs) else None
             self._decided, self._first = True, None
 
 
