@@ -24,7 +24,7 @@ from . import ambient
 from .dtypes import is_inexact
 from .errors import signature_text
 from .kernels import COMPILED, chosen
-from .repeated import SMALL, Repeated
+from .repeated import LARGE, Repeated
 from .tangents import in_forward_mode, stopped_by_no_grad
 
 Aval = jax.ShapeDtypeStruct
@@ -85,7 +85,7 @@ class TorchCall:
     @cached_property
     def repeated(self) -> Repeated | None:
         """Recordings of the call, if it may be recorded."""
-        return Repeated() if self.operations <= SMALL and self.recordable else None
+        return Repeated() if self.operations <= LARGE and self.recordable else None
 
     @property
     def recordable(self) -> bool:

@@ -70,7 +70,7 @@ def torch_function(
       backward call runs the forward again.
     - `forward_mode`: with False, derivatives go through `jax.custom_vjp` and forward mode raises JAX's message;
       for torch code that has no forward-mode formula.
-    - `replay`: in a compiled program, a small call (up to some 10 ms of work on a CPU) that does not read values runs
+    - `replay`: in a compiled program, a call (up to about a second of work, on a CPU) that does not read values runs
       Python in its first two runs only, as `jax.jit` runs Python once; later runs repeat the torch ops that those
       ran, if both ran the same. With False, Python runs each time: for functions with side effects.
     - `out_shape`: a pytree of `jax.ShapeDtypeStruct` like the output, for a function that inspects values

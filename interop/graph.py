@@ -109,6 +109,7 @@ class Graph:
         given = (*operands, *cotangents)
         grads = self._recorded(given, lambda: self._pullback(operands, active, outs, cotangents))
         if self._recorder is not None and self._repeated is not None:
+            self._inputs, self._outputs = [], []  # makes room for the proof
             self._repeated.offer(self._recorder, given, (active, outs))
         return grads
 

@@ -10,6 +10,7 @@ from .call import Tensors, TorchCall, take
 from .derivative import Vjp
 from .graph import Graph
 from .handles import HANDLE
+from .repeated import SMALL
 
 
 class PerExampleVjp(TorchCall):
@@ -82,12 +83,12 @@ class PerExampleVjp(TorchCall):
 def over_batch(call: TorchCall, in_dims: tuple[int | None, ...], size: int) -> TorchCall | None:
     """A call that makes or uses a live graph over a batch axis, if one graph can hold the batch.
 
-    Where forward and backward can be replayed it is none: to run the forward again, with the weights of all examples at
-    once, costs less than to have them once for each example.
+    Where a small call can be replayed it is none: to run the forward again, with the weights of all examples at once,
+    costs less than to have them once for each example.
     """
     if isinstance(call, residuals.Save) and call.batch is None and call.base.vmap_method != "batched":
         live = call.inner.derive(residuals.Save, call.active, (in_dims, size))
-        return None if live.repeated is not None else live
+        return None if live.operations <= SMALL and live.repeated is not None else live
     if isinstance(call, Vjp) and call.live and in_dims[call.n_inner] is None:
         forward = over_batch(call.inner.derive(residuals.Save, call.active), in_dims[: call.n_inner], size)
         return None if forward is None else call.derive(PerExampleVjp, in_dims, size)

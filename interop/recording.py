@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -23,8 +24,8 @@ Tensors = tuple[torch.Tensor, ...]
 
 _MOST_STEPS = 2000
 """How long a recording may be: code has to be compiled."""
-_MOST_BYTES = 2**26
-"""What a recording may hold: all that the ops make, which else would be freed as they run."""
+_MOST_BYTES = 2**29
+"""How large its outputs may be, of which it holds copies."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,7 @@ class Recorder(TorchDispatchMode):
         """Why the ops cannot be run again in the place of the call."""
         self.memory: dict[int, Memory] = {}
         self._slots: dict[Any, Slot] = {}
-        self._held: list[torch.UntypedStorage] = []  # else memory would be used again, for another tensor
-        self._n_bytes = 0
+        self._seen: list[StorageWeakRef] = []  # their addresses are not used again; their memory is
         self._known: dict[int, int] = {}  # storages, numbered: an input's address is used again after its part
         self._n_storages = 0
         self._made: set[int] = set()  # those of them that ops made
@@ -122,6 +122,8 @@ class Recorder(TorchDispatchMode):
             outputs = work()
         if self.failure is None and any(self._is_written_unseen(x()) for x in self._made_tensors):
             self.failure = "something wrote into a tensor unseen, on another thread for instance"
+        if sum(x.numel() * x.itemsize for x in outputs) > _MOST_BYTES:
+            self.failure = "the outputs are too large to be compared"
         if self.failure is None:
             part.outputs = [self._slot(x) for x in outputs]
             part.results = [x.detach().clone(memory_format=torch.contiguous_format) for x in outputs]
@@ -182,11 +184,6 @@ class Recorder(TorchDispatchMode):
         new = [out for out in outs if out is not None and storage_of(out) not in self._known]
         self._made |= {storage_of(out) for out in new}
         self._made_tensors += map(weakref.ref, new)
-        self._n_bytes += sum(out.untyped_storage().nbytes() for out in new)
-        if self._n_bytes > _MOST_BYTES:
-            self.failure = "the ops make too many tensors to hold"
-            self._held.clear()
-            return
         results = [None if out is None or memory_key(out) in self._slots else self._new(out) for out in outs]
         if len(self.parts[-1].steps) == _MOST_STEPS:
             self.failure = "there are too many ops"
@@ -212,7 +209,7 @@ class Recorder(TorchDispatchMode):
             self._n_storages += 1
         self.memory[slot.number] = Memory.of(tensor, self._known[address])
         if address not in self._borrowed:
-            self._held.append(tensor.untyped_storage())  # `.data` can give the tensor other memory
+            self._seen.append(StorageWeakRef(tensor.untyped_storage()))
         return slot
 
 

@@ -1,4 +1,4 @@
-"""Calls of a compiled program, which runs many times: small ones run as a recording of their ops.
+"""Calls of a compiled program, which runs many times: they run as a recording of their ops, unless they are huge.
 
 The first two runs of a call are recorded (`recording.py`). If they did the same, the following ones replay it; Python
 has its say no more then, as in every program that `jax.jit` compiled. Otherwise, and where ops depend on values or draw
@@ -20,7 +20,9 @@ Tensors = tuple[torch.Tensor, ...]
 Direction = tuple[tuple[int, ...], tuple[int, ...]]
 
 SMALL = 1e9
-"""Floating-point operations up to which a call is recorded; in longer ones what is not torch's ops weighs little."""
+"""Floating-point operations of a call in which what is not torch's ops weighs much."""
+LARGE = 1e11
+"""Floating-point operations up to which a call is recorded; the proof takes one run more."""
 
 _TRIES = 64  # a recording ends in vain where the backward half never comes
 

@@ -1,9 +1,10 @@
 """A recording as Python code that runs its ops again, and nothing else.
 
-What Python, `torch.func` and torch's autograd do around the ops of a small call takes longer than the ops. A call whose
-ops do not depend on values runs the same ones each time, on the same arguments, so that those alone give the same bits.
+What Python, `torch.func` and torch's autograd do around the ops of a small call takes longer than the ops, and a few
+percent of a large one. A call whose ops do not depend on values runs the same ones each time, on the same arguments, so
+that those alone give the same bits.
 
-Ops that have an `out` variant write outputs where they belong; others' are copied.
+Ops that have an `out` variant write outputs where they belong; others' are copied, and freed at once.
 
 Source: the idea is that of [torch.fx](https://docs.pytorch.org/docs/stable/fx.html) and of CUDA graphs.
 """
@@ -103,19 +104,32 @@ class Code:
         lines = [f"def run({', '.join(['kept', *(self._show(Slot(n)) for n in inputs), *results])}):"]
         if self.given:
             lines += [f"{''.join(self._show(Slot(n)) + ', ' for n in self.given)} = kept", "kept.clear()"]
-        staying = {*inputs, *self._kept, *(n for _, n in self._copied)}
-        last = {n: step for step in steps for n in step.slots()}
+        changed = self._last_changes(steps)
+        lines += self._copies(changed, -1)
+        last = {n: i for i, step in enumerate(steps) for n in step.slots()}
+        last |= {n: max(last.get(n, -1), i) for n, i in changed.items()}
+        staying = {*inputs, *self._kept}
         grad_mode = None
-        for step in steps:
+        for i, step in enumerate(steps):
             if step.grad_mode is not grad_mode:
                 grad_mode = step.grad_mode
                 lines.append(f"{self._global(torch._C._set_grad_enabled)}({grad_mode})")
-            lines.append(self._line(step))
-            names = [self._show(Slot(n)) for n in sorted(step.slots() - staying) if last[n] is step]
+            lines += [self._line(step), *self._copies(changed, i)]
+            near = {*step.slots(), *(n for n in changed if changed[n] == i)}
+            names = [self._show(Slot(n)) for n in sorted(near - staying) if last[n] == i]
             names = [name for name in names if name not in self.values]
             lines += [f"del {', '.join(names)}"] if names else []
-        lines += [f"r{i}.copy_({self._show(Slot(n))})" for i, n in self._copied]
         return [*lines, f"return {self._show([Slot(n) for n in self._kept])}"]
+
+    def _last_changes(self, steps: list[Step]) -> dict[int, int]:
+        """For each slot to be copied, the number of the step that makes it or, last, writes its memory; or -1."""
+        made = {slot.number: i for i, step in enumerate(steps) for slot in step.results if slot}
+        written = {self._memory[n].storage: i for i, step in enumerate(steps) if step.writes for n in step.operands()}
+        return {n: max(made.get(n, -1), written.get(self._memory[n].storage, -1)) for _, n in self._copied}
+
+    def _copies(self, changed: dict[int, int], step: int) -> list[str]:
+        """What copies the outputs that are ready after a step, so that their memory is free for the next ones."""
+        return [f"r{i}.copy_({self._show(Slot(n))})" for i, n in self._copied if changed[n] == step]
 
     def _line(self, step: Step) -> str:
         op, given = step.op, [*map(self._show, step.args), *(f"{k}={self._show(v)}" for k, v in step.kwargs.items())]

@@ -17,6 +17,7 @@ import steps
 from cases import CASES
 
 _SAMPLES, _FEWEST = 50, 3
+_WARM = 4  # calls after which nothing is done for the first time any more
 
 
 def measure(case_name: str, task: str, contender: str, seconds: float) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def measure(case_name: str, task: str, contender: str, seconds: float) -> dict[s
 def _warm_up(step: steps.Step, seconds: float) -> float:
     """Run until caches are warm; returns the time of one call."""
     began, calls = time.perf_counter(), 0
-    while calls == 0 or time.perf_counter() - began < seconds:
+    while calls < _WARM or time.perf_counter() - began < seconds:
         step.run()
         calls += 1
     return (time.perf_counter() - began) / calls

@@ -7,6 +7,7 @@ import torch
 import torchleaf
 import twins
 from compare import assert_trees_close, eager_and_jit
+from torchleaf.interop import per_example
 from torchleaf.interop.residuals import live_graphs
 from watching import Recorder
 
@@ -31,12 +32,18 @@ def gradients(layer, argnums=(0, 1, 2)):
     return jax.value_and_grad(lambda w, b, x: jnp.square(layer(w, b, x)).sum(), argnums)
 
 
-live_and_replay = pytest.mark.parametrize("replay", [False, True], ids=["live", "replay"])
+@pytest.fixture(params=["live", "replay", "live and replay"])
+def replay(request, monkeypatch):
+    """The option; small calls are replayed in place of a graph, larger ones have a graph that is replayed."""
+    if request.param == "live and replay":
+        monkeypatch.setattr(per_example, "SMALL", 0)
+    return request.param != "live"
+
+
 IN_AXES = [(None, None, 0), (0, None, 0), (1, 0, None), (None, None, 1)]
 
 
 @eager_and_jit
-@live_and_replay
 @pytest.mark.parametrize("method", ["auto", "vmap", "loop"])
 @pytest.mark.parametrize("in_axes", IN_AXES, ids=str)
 def test_gradients_of_each_example(operands, in_axes, method, replay, jit):
@@ -54,6 +61,19 @@ def test_gradients_of_each_example(operands, in_axes, method, replay, jit):
     assert live_graphs() == 0
 
 
+def test_a_large_call_is_replayed_with_one_forward_for_the_batch(operands, monkeypatch):
+    monkeypatch.setattr(per_example, "SMALL", 0)
+    recorder = Recorder(dense)
+    layer = torchleaf.torch_function(recorder)
+    w, b, x = operands
+    step = jax.jit(jax.vmap(gradients(layer), (None, None, 0)))
+    for run in range(5):
+        expected = jax.vmap(gradients(dense_twin), (None, None, 0))(w, b, x + run)
+        assert_trees_close(step(w, b, x + run), expected, rtol=1e-4, atol=1e-5)
+    assert len(recorder.computed) == 2
+    assert live_graphs() == 0
+
+
 def test_the_forward_runs_once(operands):
     recorder = Recorder(dense)
     layer = torchleaf.torch_function(recorder, replay=False)
@@ -63,7 +83,6 @@ def test_the_forward_runs_once(operands):
 
 
 @eager_and_jit
-@live_and_replay
 def test_cotangents_without_a_batch(operands, replay, jit):
     """`sum` gives every example the same cotangent."""
     w, b, x = operands
@@ -74,7 +93,6 @@ def test_cotangents_without_a_batch(operands, replay, jit):
 
 
 @eager_and_jit
-@live_and_replay
 @pytest.mark.parametrize("transform", [jax.jacrev, jax.jacfwd, jax.hessian], ids=lambda t: t.__name__)
 def test_batched_cotangents_recompute(operands, transform, replay, jit):
     """A Jacobian's graph serves one cotangent; the batch of them recomputes."""
@@ -87,7 +105,6 @@ def test_batched_cotangents_recompute(operands, transform, replay, jit):
 
 
 @eager_and_jit
-@live_and_replay
 def test_nested_batches(operands, replay, jit):
     w, b, x = operands
     layer = torchleaf.torch_function(dense, replay=replay)
