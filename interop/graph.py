@@ -75,12 +75,7 @@ class Graph:
     def _recorded(self, inputs: Tensors, work: Callable[[], Tensors]) -> Tensors:
         if self._recorder is None or self._repeated is None:
             return work()
-        try:
-            return self._recorder.record(inputs, work)
-        except Exception:  # the callable's own fault, or of an op that does not run in a dispatch mode
-            self._repeated.refuse()
-            self._recorder = None
-            return work()
+        return self._repeated.record(self._recorder, inputs, work)
 
     def holds(self, operands: Sequence[torch.Tensor]) -> bool:
         """Whether the call made leaves of operands, to differentiate by them itself: the graph has their memory."""

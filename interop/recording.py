@@ -122,7 +122,7 @@ class Recorder(TorchDispatchMode):
             outputs = work()
         if self.failure is None and any(self._is_written_unseen(x()) for x in self._made_tensors):
             self.failure = "something wrote into a tensor unseen, on another thread for instance"
-        if sum(x.numel() * x.itemsize for x in outputs) > _MOST_BYTES:
+        if self.failure is None and sum(x.numel() * x.itemsize for x in outputs) > _MOST_BYTES:
             self.failure = "the outputs are too large to be compared"
         if self.failure is None:
             part.outputs = [self._slot(x) for x in outputs]
@@ -207,9 +207,9 @@ class Recorder(TorchDispatchMode):
         if address not in self._known:
             self._known[address] = self._n_storages
             self._n_storages += 1
+            if address not in self._borrowed:
+                self._seen.append(StorageWeakRef(tensor.untyped_storage()))
         self.memory[slot.number] = Memory.of(tensor, self._known[address])
-        if address not in self._borrowed:
-            self._seen.append(StorageWeakRef(tensor.untyped_storage()))
         return slot
 
 

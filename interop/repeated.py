@@ -45,11 +45,7 @@ class Repeated:
         recorder = self.recorder()
         if recorder is None:
             return work(*tensors)
-        try:
-            outs = recorder.record(tensors, lambda: work(*tensors))
-        except Exception:  # the callable's own fault, or of an op that does not run in a dispatch mode
-            self.refuse()
-            return work(*tensors)
+        outs = self.record(recorder, tensors, lambda: work(*tensors))
         self.offer(recorder, tensors)
         return outs
 
@@ -63,18 +59,23 @@ class Repeated:
             self._under_way.add(recorder)
             return recorder
 
-    def refuse(self) -> None:
-        """Record no more: a run failed that was recorded."""
-        with self._lock:
-            self._decided, self._first = True, None
+    def record(self, recorder: Recorder, inputs: Tensors, work: Callable[[], Tensors]) -> Tensors:
+        """What `work` returns, recorded as the next part unless that fails; then nothing is recorded any more."""
+        if self._decided:
+            return work()
+        try:
+            return recorder.record(inputs, work)
+        except Exception:  # the callable's own fault, or of an op that does not run in a dispatch mode
+            with self._lock:
+                self._decided, self._first = True, None
+            return work()
 
     def offer(self, recorder: Recorder, inputs: Tensors, direction: Direction | None = None) -> None:
         """Take a recording of a whole run, with the inputs of its last part: the second decides."""
-        codes = None if recorder.failure else codes_of(recorder)
         with self._lock:
             if self._decided:
                 return
-            first = self._first
+            codes, first = None if recorder.failure else codes_of(recorder), self._first
             if codes is not None and first is None:
                 self._first, self.direction = codes, direction
                 return
