@@ -1,9 +1,11 @@
 """What torch says of an aten op: its arguments by name, and which tensors it writes into."""
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import CheckpointFunction
 
 
 def bound(op: Any, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -18,10 +20,23 @@ def written(op: Any, arguments: dict[str, Any]) -> Iterator[torch.Tensor]:
     for argument in op._schema.arguments:
         declared = argument.alias_info is not None and argument.alias_info.is_write
         if declared or (argument.name in _STATISTICS and _updates_statistics(op, arguments)):
-            value = arguments.get(argument.name)
-            for tensor in value if isinstance(value, list | tuple) else [value]:
-                if isinstance(tensor, torch.Tensor):
-                    yield tensor
+            yield from tensors_in({argument.name: arguments.get(argument.name)})
+
+
+def tensors_in(arguments: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """The tensors among the arguments of an op."""
+    for value in arguments.values():
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(item, torch.Tensor):
+                yield item
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """The address of a tensor's storage, which is another's when it is gone; 0 if it has none, as a sparse one."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except NotImplementedError:
+        return 0
 
 
 _STATISTICS = ("running_mean", "running_var")
@@ -37,3 +52,16 @@ def in_checkpoint() -> bool:
     """Whether code is running within `torch.utils.checkpoint`, which runs it again in the backward pass."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
+def in_reentrant_checkpoint() -> bool:
+    """Whether code is running within one of the kind that is an `autograd.Function` and runs without gradients."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _REENTRANT:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_REENTRANT = CheckpointFunction.forward.__code__

@@ -5,13 +5,14 @@ state that the examples share. So the transpose of a batched linear call is the 
 operands and outputs exchanged.
 """
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from functools import cached_property
 
 import torch
 
-from . import dtypes
+from . import dtypes, scope
 from .call import Aval, Linearized, Tensors, TorchCall, VmapMethod, take
 from .errors import StateError, TorchCallError, quote
 from .trial import trial_run
@@ -98,6 +99,8 @@ class Vmap(TorchCall):
 
     def run(self, *tensors: torch.Tensor) -> Tensors:
         tensors = _batch_first(self, tensors)
+        if self._strategy is _functional and self.base.reenters:
+            self._strategy = _loop  # it was decided before that was known
         try:
             batched = self._strategy(self, *tensors)
         except RuntimeError as exc:  # torch takes other branches for fake tensors, so a trial does not tell all
@@ -225,9 +228,14 @@ def _functional(call: Vmap, *tensors: torch.Tensor) -> Tensors:
 
 def _loop(call: Vmap, *tensors: torch.Tensor) -> Tensors:
     def example(i: int) -> Tensors:
-        return call.inner.run(*(x if d is None else x[i] for x, d in zip(tensors, call.in_dims, strict=True)))
+        is_whole = not torch.is_grad_enabled()  # else a backward pass through all examples is to come
+        with scope.opened() if is_whole and scope.current() else _NO_SCOPE:
+            return call.inner.run(*(x if d is None else x[i] for x, d in zip(tensors, call.in_dims, strict=True)))
 
     return tuple(torch.stack(ys) for ys in zip(*map(example, range(call.size)), strict=True))
+
+
+_NO_SCOPE = contextlib.nullcontext()
 
 
 def _batched(call: Vmap, *tensors: torch.Tensor) -> Tensors:

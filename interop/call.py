@@ -13,14 +13,15 @@ trial runs on fake tensors (`trial.py`): `torch.func` transforms where they have
 `torch.autograd` and loops, which always work.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import jax
 import torch
 
-from . import ambient
+from . import ambient, scope
 from .dtypes import is_inexact
 from .errors import signature_text
 from .kernels import COMPILED, chosen
@@ -31,6 +32,7 @@ Aval = jax.ShapeDtypeStruct
 Tensors = tuple[torch.Tensor, ...]
 VmapMethod = Literal["auto", "vmap", "batched", "loop"]
 Residuals = Literal["live", "recompute"]
+Checkpoints = Literal["none", "kept", "reentrant"]
 Linearized = tuple["TorchCall", tuple[int, ...], tuple[int, ...]]
 Derived = TypeVar("Derived")
 
@@ -158,6 +160,12 @@ class Base(TorchCall):
     - `fakeable`: whether `function` can run on fake tensors (False if it inspects values).
     - `pure`: whether it runs the same ops each time, so far as a trace tells.
     - `grad_mode`: whether `function` has to run in torch's default grad mode in any case.
+    - `foreign`: storages that must not be met, each with what it is (`trace.py`).
+    - `trainable`: operands that are parameters of a module.
+    - `differentiates`: whether those must require gradients in any case: `function` differentiates by them itself.
+    - `checkpoints`: whether it uses `torch.utils.checkpoint`, and of which kind.
+
+    `reenters` says whether its backward pass runs a part of the module again (`scope.py`).
     - `fused_kernels`: those it uses that are replaced under higher derivatives (`kernels.py`).
     - `forward_mode`, `vmap_method`, `residuals`, `replay`: the user's options.
     """
@@ -176,6 +184,10 @@ class Base(TorchCall):
         fakeable: bool,
         pure: bool,
         grad_mode: bool,
+        foreign: Mapping[int, str],
+        trainable: tuple[int, ...],
+        differentiates: bool,
+        checkpoints: Checkpoints,
         fused_kernels: frozenset[str],
         forward_mode: bool,
         vmap_method: VmapMethod,
@@ -188,7 +200,9 @@ class Base(TorchCall):
         self.operations, self.fused_kernels = operations, fused_kernels
         self.fakeable, self.pure, self.grad_mode = fakeable, pure, grad_mode
         self.in_avals, self.out_avals, self.state = tuple(in_avals), tuple(out_avals), state
-        self.buffers = buffers
+        self.buffers, self.foreign = buffers, foreign
+        self._trainable, self._differentiates = trainable, differentiates
+        self.checkpoints, self.reenters = checkpoints, checkpoints == "kept"
         self.forward_mode, self.vmap_method, self.residuals = forward_mode, vmap_method, residuals
         self.wants_replay = replay
         self.warned = False  # about falling back to a loop
@@ -196,15 +210,23 @@ class Base(TorchCall):
     def run(self, *tensors: torch.Tensor) -> Tensors:
         if in_forward_mode():
             with stopped_by_no_grad():
-                return self.function(*tensors)
+                return self.function(*self._with_leaves(tensors))
         if not self.grad_mode:
             return self.function(*tensors)
         with torch.enable_grad():  # torch's default: the callable may take gradients itself
-            return self.function(*tensors)
+            return self.function(*self._with_leaves(tensors))
+
+    def _with_leaves(self, tensors: Tensors) -> Tensors:
+        """Operands of which the parameters require gradients, where the callable relies on it."""
+        if not (self._differentiates or (self.reenters and scope.current())):
+            return tensors
+        constant = [i for i in self._trainable if is_inexact(self.in_avals[i].dtype) and not tensors[i].requires_grad]
+        leaves = {i: tensors[i].detach().requires_grad_() for i in constant}
+        return tuple(leaves.get(i, x) for i, x in enumerate(tensors))
 
     @property
     def composable(self) -> bool:
-        return self.fakeable
+        return self.fakeable and not self.reenters
 
     @property
     def recordable(self) -> bool:
@@ -223,11 +245,15 @@ class Base(TorchCall):
 def execute(call: TorchCall, *tensors: torch.Tensor, repeats: bool) -> Tensors:
     """Run a call outermost, on the thread of the compiled program; `repeats`: of one that runs many times."""
     run, kernels = call.repeat if repeats else call.execute, call.base.fused_kernels
-    with ambient.neutral(), torch.no_grad():
+    lends = scope.opened() if call.differentiated and call.base.reenters else _NO_SCOPE
+    with ambient.neutral(), torch.no_grad(), lends:
         if not kernels:
             return run(*tensors)
         with chosen(kernels, inference=call is call.base, plain=call.plain_kernels):
             return run(*tensors)
+
+
+_NO_SCOPE = contextlib.nullcontext()
 
 
 def take(items: Sequence[Any], indices: Sequence[int]) -> tuple[Any, ...]:

@@ -136,6 +136,7 @@ class Jvp(_Derivative):
         return super().replay(operands, results)
 
     def prepare(self) -> None:
+        self.base.derive(hidden_writes)  # before anything is decided: it says how the call may run
         super().prepare()
         self.composable  # noqa: B018 (decides the strategy)
 
@@ -230,8 +231,8 @@ class Vjp(_Derivative):
         return self.pullback(graph, tensors)
 
     def prepare(self) -> None:
-        super().prepare()
         self.base.derive(hidden_writes)
+        super().prepare()
 
     @property
     def recordable(self) -> bool:

@@ -25,6 +25,14 @@ class CapturedWriteError(StateError):
         self.tensor = tensor
 
 
+class ForeignTensorError(TorchCallError):
+    """The callable computes with a tensor that its operands stand for, and that it must not reach."""
+
+    def __init__(self, name: str, tensor: Any, what: str):
+        super().__init__(f"{name} computes with `{what}` as it was when the callable was made, not as it is given.")
+        self.tensor, self.what = tensor, what
+
+
 class RandomnessError(TorchCallError):
     """The forward draws random numbers, but was given no key to draw them from."""
 

@@ -178,12 +178,18 @@ class TorchFunction:
 
     state_operands: tuple[int, ...] = ()
     """Operands whose new values a stateful caller keeps."""
+    trainable_operands: tuple[int, ...] = ()
+    """Operands that are parameters, which require gradients in torch."""
     key_remedy = PASS_A_KEY
     """What to do where random numbers are drawn without a key."""
 
     def operand_dtypes(self, avals: Sequence[Aval]) -> list[torch.dtype]:
         """The torch dtypes the flat operands arrive in."""
         return [dtypes.operand_dtype(a.dtype) for a in avals]
+
+    def foreign(self) -> dict[int, str]:
+        """Storages that the callable must not read, because operands stand for what they hold."""
+        return {}
 
     def observer(self, fill: Filler) -> Flat:
         """The callable over flat tensors, as it runs while it is traced."""
@@ -219,6 +225,8 @@ class TorchFunction:
             self.state_operands,
             has_key=key is not None,
             key_remedy=self.key_remedy,
+            trainable=self.trainable_operands,
+            foreign=self.foreign(),
         )
         with numpy_generator_watched(self.name):
             found = trace(traced, out_shape=self._out_shape, example=lambda: self._example(arguments, wanted))
@@ -232,7 +240,16 @@ class TorchFunction:
         if not (found.random or found.fakeable):
             run = _without_key(run, self.name, self.key_remedy)
         return Specialized(
-            run, names, avals, wanted, found, name=self.name, buffers=self.state_operands, **self._options
+            run,
+            names,
+            avals,
+            wanted,
+            found,
+            name=self.name,
+            buffers=self.state_operands,
+            trainable=self.trainable_operands,
+            foreign=traced.foreign,
+            **self._options,
         )
 
     def _example(self, arguments: Arguments, wanted: Sequence[torch.dtype]) -> list[torch.Tensor] | None:

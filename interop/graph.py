@@ -8,17 +8,20 @@ Source: [saved tensor hooks](https://docs.pytorch.org/docs/stable/autograd.html#
 [gradient edges](https://docs.pytorch.org/docs/stable/generated/torch.autograd.graph.GradientEdge.html).
 """
 
+import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge, saved_tensors_hooks
 
+from .aten import storage_of
 from .call import Tensors, TorchCall
 from .kernels import compiling
-from .recording import storage_of
 from .repeated import Repeated
+from .scope import Scope
 
 Batch = tuple[tuple[int | None, ...], int]
 """The batch axes of a call's operands and the size of the batch."""
@@ -46,7 +49,7 @@ class Graph:
     def __init__(self, call: TorchCall, active: tuple[int, ...], batch: Batch | None, repeated: Repeated | None = None):
         self._call, self._active, self._batch = call, active, batch
         self._repeated, self._recorder = repeated, None if repeated is None else repeated.recorder()
-        self._saved = _Saved()
+        self._saved, self._scope = _Saved(), Scope() if call.base.reenters else None
         self._inputs: list[GradientEdge] = []
         self._outputs: list[GradientEdge | None] = []
 
@@ -64,34 +67,22 @@ class Graph:
             for i, x in zip(self._active, entered, strict=True):
                 given[i] = x
             try:
-                outs = self._call.run(*given)
+                with self._scope.active() if self._scope else _NO_SCOPE:
+                    outs = self._call.run(*given)
             finally:
                 self._saved.operands = ()
         self._inputs = [_edge(x) for x in entered]
         self._outputs = [_edge(y) if y.requires_grad else None for y in outs]
         self._saved.operand_of = {}
-        return tuple(y.detach() for y in outs)
+        outs = tuple(y.detach() for y in outs)
+        if self._scope:
+            self._scope.put_by(operands, entered)
+        return outs
 
     def _recorded(self, inputs: Tensors, work: Callable[[], Tensors]) -> Tensors:
         if self._recorder is None or self._repeated is None:
             return work()
         return self._repeated.record(self._recorder, inputs, work)
-
-    def holds(self, operands: Sequence[torch.Tensor]) -> bool:
-        """Whether the call made leaves of operands, to differentiate by them itself: the graph has their memory."""
-        storages = {storage_of(x) for x in operands}
-        seen: set[Any] = set()
-        nodes = [edge.node for edge in self._outputs if edge is not None]
-        while nodes:
-            node = nodes.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            leaf = getattr(node, "variable", None)
-            if leaf is not None and storage_of(leaf) in storages:
-                return True
-            nodes += [following for following, _ in node.next_functions if following is not None]
-        return False
 
     def gives(self, active: tuple[int, ...], batch: Batch | None) -> bool:
         """Whether the graph gives the gradients of these operands, for each example of the batch."""
@@ -103,6 +94,8 @@ class Graph:
         """The gradients of the operands `active`, given those of the outputs `outs`; the graph is used up."""
         given = (*operands, *cotangents)
         grads = self._recorded(given, lambda: self._pullback(operands, active, outs, cotangents))
+        if self._scope:
+            self._scope.close()
         if self._recorder is not None and self._repeated is not None:
             self._inputs, self._outputs = [], []  # makes room for the proof
             self._repeated.offer(self._recorder, given, (active, outs))
@@ -114,23 +107,28 @@ class Graph:
             return tuple(self._zeros(i, operands) for i in active)
         inputs = [self._inputs[self._active.index(i)] for i in active]
         self._saved.operands = operands
+        again = self._scope.taken_up(operands) if self._scope else _NO_SCOPE
         try:
             # What torch.autograd.grad calls after checks of shapes and dtypes, which are right here by construction.
-            grads = _engine_run_backward(
-                tuple(edge for edge, _ in pairs),
-                tuple(ct for _, ct in pairs),
-                self._recorder is not None,  # retain_graph: to run it again if an op fails in a dispatch mode
-                False,  # create_graph
-                tuple(inputs),
-                True,  # allow_unreachable
-                accumulate_grad=False,
-            )
+            with again:
+                grads = _engine_run_backward(
+                    tuple(edge for edge, _ in pairs),
+                    tuple(ct for _, ct in pairs),
+                    self._recorder is not None,  # retain_graph: to run it again if an op fails in a dispatch mode
+                    False,  # create_graph
+                    tuple(inputs),
+                    True,  # allow_unreachable
+                    accumulate_grad=False,
+                )
         finally:
             self._saved.operands = ()
         return tuple(self._zeros(i, operands) if g is None else g for i, g in zip(active, grads, strict=True))
 
     def _zeros(self, operand: int, operands: Tensors) -> torch.Tensor:
         return operands[operand].new_zeros(self._call.in_avals[operand].shape)
+
+
+_NO_SCOPE = contextlib.nullcontext()
 
 
 class _Saved:
@@ -156,6 +154,11 @@ class _Saved:
         operand, dtype, size, stride, offset = packed
         tensor = self.operands[operand]
         return (tensor if tensor.dtype == dtype else tensor.view(dtype)).as_strided(size, stride, offset)
+
+
+def holders(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """How many hold each tensor or its storage."""
+    return [sys.getrefcount(x) + torch._C._storage_Use_Count(x.untyped_storage()._cdata) for x in tensors]
 
 
 def _enter(operand: torch.Tensor) -> torch.Tensor:

@@ -4,31 +4,62 @@ Hooks (`x.register_hook(lambda g: g.clamp_(-1, 1))`) and custom functions write 
 saved; some code writes where `x.requires_grad`. The memory is JAX's, whose arrays never change.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import reverse
-from .aten import bound, written
-from .call import Tensors, TorchCall, take
+from . import reverse, scope
+from .aten import bound, storage_of, tensors_in, written
+from .call import Base, Tensors, take
 from .dtypes import is_inexact
-from .errors import RandomnessError, TorchCallError
+from .errors import ForeignTensorError, RandomnessError, TorchCallError
 from .random import draws
 from .trial import trial_run
 
 
-def hidden_writes(call: TorchCall) -> bool:
+def hidden_writes(call: Base) -> bool:
     """Whether torch's backward pass of a call may write into its operands or into cotangents.
 
-    Raises `TorchCallError` for a forward pass that writes into operands only where gradients are recorded,
-    `RandomnessError` for a backward pass that draws random numbers.
+    Notes, too, whether it runs a part of the module again. Raises `TorchCallError` for a forward pass that writes into
+    operands only where gradients are recorded, `RandomnessError` for a backward pass that draws random numbers.
     """
-    buffers = call.base.buffers
-    active = tuple(i for i, aval in enumerate(call.in_avals) if is_inexact(aval.dtype) and i not in buffers)
+    if call.checkpoints == "reentrant":
+        raise TorchCallError(
+            f"{call.name} uses torch.utils.checkpoint with use_reentrant=True, whose backward pass leaves out the "
+            "gradients of weights unless torch's `.backward()` runs it. Pass `use_reentrant=False` (in transformers, "
+            '`gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})`).'
+        )
+    if not call.fakeable:
+        call.reenters |= bool(call.foreign)
+        return True
+    watch, failure = _fake_backward_pass(call)
+    if watch.foreign is not None and not call.reenters:
+        call.reenters = True
+        watch, failure = _fake_backward_pass(call)
+    if watch.foreign is not None:
+        raise ForeignTensorError(call.name, *watch.foreign)
+    if watch.in_forward or _LEAF_WRITTEN in str(failure):
+        raise TorchCallError(
+            f"{call.name} writes into an argument only where that requires gradients, so that it and its gradient "
+            "would be of two functions. Write in all cases, or into a clone."
+        )
+    if watch.random is not None and failure is None:
+        raise RandomnessError(
+            f"{call.name} draws random numbers in its backward pass ({watch.random}), which no key drives. Draw them in "
+            "the forward pass and save them."
+        )
+    return failure is not None or watch.writes
+
+
+def _fake_backward_pass(call: Base) -> "tuple[_Watch, Exception | None]":
+    """What its ops did, and how it failed."""
+    active = tuple(i for i, aval in enumerate(call.in_avals) if is_inexact(aval.dtype) and i not in call.buffers)
     cotangents = take(call.out_avals, call.inexact_outs)
-    n, found = len(call.in_avals), list[_Watch]()
+    n, watch = len(call.in_avals), _Watch(call.foreign)
 
     def differentiate(*tensors: torch.Tensor) -> None:
         operands = list(tensors[:n])
@@ -40,44 +71,37 @@ def hidden_writes(call: TorchCall) -> bool:
             watch.in_forward, watch.writes, watch.random = watch.writes, False, None  # what follows is backward
             return take(outs, call.inexact_outs)
 
-        watch = _Watch(tensors)
-        found.append(watch)
-        with watch:
+        with watch.over(tensors), scope.opened() if call.reenters else contextlib.nullcontext():
             reverse.pullback(function, take(tensors, active), tensors[n:])
 
-    if not call.composable:
-        return True
-    failure = trial_run(differentiate, (*call.in_avals, *cotangents))
-    if any(w.in_forward for w in found) or _LEAF_WRITTEN in str(failure):
-        raise TorchCallError(
-            f"{call.name} writes into an argument only where that requires gradients, so that it and its gradient "
-            "would be of two functions. Write in all cases, or into a clone."
-        )
-    random = next((w.random for w in found if failure is None and w.random is not None), None)
-    if random is not None:
-        raise RandomnessError(
-            f"{call.name} draws random numbers in its backward pass ({random}), which no key drives. Draw them in the "
-            "forward pass and save them."
-        )
-    return failure is not None or any(w.writes for w in found)
+    return watch, trial_run(differentiate, (*call.in_avals, *cotangents))
 
 
 _LEAF_WRITTEN = "leaf Variable that requires grad is being used in an in-place"
 
 
 class _Watch(TorchDispatchMode):
-    """Notes writes into `tensors` or views of them, and random ops."""
+    """Notes writes into tensors or views of them, random ops, and foreign tensors (`trace.py`)."""
 
-    def __init__(self, tensors: Sequence[torch.Tensor]):
+    def __init__(self, foreign: Mapping[int, str]):
         super().__init__()
         self.writes = self.in_forward = False
         self.random: Any = None
-        self._storages = {x.untyped_storage()._cdata for x in tensors}
+        self.foreign: tuple[torch.Tensor, str] | None = None
+        self._foreign_storages, self._storages = foreign, set[int]()
+
+    def over(self, tensors: Sequence[torch.Tensor]) -> "_Watch":
+        """Watch these tensors."""
+        self._storages = {storage_of(x) for x in tensors}
+        return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         arguments = bound(func, args, kwargs)
-        self.writes |= any(x.untyped_storage()._cdata in self._storages for x in written(func, arguments))
+        self.writes |= any(storage_of(x) in self._storages for x in written(func, arguments))
         if draws(func, arguments):
             self.random = func
+        for x in tensors_in(arguments) if self._foreign_storages else ():
+            if not isinstance(x, FakeTensor) and storage_of(x) in self._foreign_storages:
+                self.foreign = x, self._foreign_storages[storage_of(x)]
         return func(*args, **kwargs)

@@ -8,7 +8,6 @@ import functools
 import gc
 import itertools
 import secrets
-import sys
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ import torch
 from . import ambient, threads
 from .call import Aval, Tensors, TorchCall, execute
 from .errors import TorchCallError, runtime_message
+from .graph import holders
 from .repeated import ops_alone
 
 _numbers = itertools.count(secrets.randbits(62))
@@ -95,14 +95,14 @@ class Program:
             return
         buffers = ambient.without_inference(buffers)
         operands = buffers[: self._n_buffers]
-        before = _holders(operands)
+        before = holders(operands)
         results = iter(buffers[self._n_buffers :])
         outs = execute(call, *(self._join(operands) if any(self._in_parts) else operands), repeats=self._repeats)
         self._write(call, outs, results)
         del outs
-        if _holders(operands) != before:
+        if holders(operands) != before:
             gc.collect()  # reference cycles are not escapes
-            after = _holders(operands)
+            after = holders(operands)
             self._refuse_escapes(call, [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if b > a])
 
     def _replay(self, call: TorchCall, buffers: Tensors) -> bool:
@@ -143,11 +143,6 @@ class Program:
     def _join(self, buffers: Sequence[torch.Tensor]) -> Tensors:
         feed = iter(buffers)
         return tuple(torch.complex(next(feed), next(feed)) if parts else next(feed) for parts in self._in_parts)
-
-
-def _holders(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """How many hold each tensor or its storage."""
-    return [sys.getrefcount(x) + torch._C._storage_Use_Count(x.untyped_storage()._cdata) for x in tensors]
 
 
 def is_complex(aval: Any) -> bool:

@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .aten import bound, written
+from .aten import bound, storage_of, written
 from .random import draws
 
 Tensors = tuple[torch.Tensor, ...]
@@ -234,11 +234,6 @@ _PLAIN = {  # ops whose effect is more than memory, and those that do as much wi
     _aten.transpose_.default: _aten.transpose.int,
     _aten.unsqueeze_.default: _aten.unsqueeze.default,
 }
-
-
-def storage_of(tensor: torch.Tensor) -> int:
-    """The address of a tensor's storage, which is another's when it is gone."""
-    return tensor.untyped_storage()._cdata
 
 
 def memory_key(tensor: torch.Tensor) -> Any:

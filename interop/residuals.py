@@ -20,9 +20,10 @@ from collections.abc import Callable
 import jax
 import torch
 
+from .aten import storage_of
 from .batching import vmap
 from .call import Tensors, TorchCall
-from .graph import Batch, Graph, Tape
+from .graph import Batch, Graph, Tape, holders
 from .handles import HANDLE, handle_of, number_of, number_of_array, write_handle
 from .hidden_writes import hidden_writes
 from .repeated import Repeated
@@ -64,8 +65,10 @@ class Save(TorchCall):
         return self._graphed.plain_kernels
 
     def prepare(self) -> None:
-        self._graphed.prepare()
         self.base.derive(hidden_writes)
+        self._graphed.prepare()
+        if self.base.reenters and self.batch is not None:
+            self._keepable = False  # a part that runs again would need the weights of each example
 
     @property
     def composable(self) -> bool:
@@ -101,9 +104,10 @@ class Save(TorchCall):
 
     def _save(self, tensors: Tensors, repeated: Repeated | None) -> Tensors:
         graph = Graph(self._graphed, self.active, self.batch, repeated)
+        before = holders(tensors)
         try:
             outs = graph.forward(tensors, self._each)
-            keepable = self._keepable or not graph.holds(tensors)
+            keepable = self._keepable or not _are_held(tensors, before, outs)
         except Exception:  # torch.func transforms in the callable refuse saved tensor hooks, for instance
             if self._keepable:
                 raise
@@ -123,6 +127,13 @@ class Save(TorchCall):
 
     def graphless(self) -> tuple[TorchCall, tuple[int, ...]]:
         return self._plain, tuple(range(len(self.in_avals)))
+
+
+def _are_held(tensors: Tensors, before: list[int], outs: Tensors) -> bool:
+    """Whether a graph has the memory of operands, as where the call made leaves of them or noted them in a context."""
+    views = [storage_of(y) for y in outs]
+    after = [n - views.count(storage_of(x)) for n, x in zip(holders(tensors), tensors, strict=True)]
+    return any(a > b for a, b in zip(after, before, strict=True))
 
 
 class _Shelf:

@@ -59,8 +59,10 @@ class Specialized:
             state=tuple(zip(found.state, range(self._n_outs, len(out_avals)), strict=True)),
             operations=found.operations,
             fakeable=found.fakeable,
-            pure=found.fakeable and not (found.random or found.checkpoints),
+            pure=found.fakeable and not (found.random or found.checkpoints != "none"),
             grad_mode=found.grad_mode,
+            differentiates=found.differentiates,
+            checkpoints=found.checkpoints,
             fused_kernels=found.fused_kernels,
             **options,
         )

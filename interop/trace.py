@@ -3,8 +3,8 @@
 import gc
 import math
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -15,10 +15,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import dtypes, kernels
-from .aten import bound, in_checkpoint, written
-from .call import Aval
-from .errors import CapturedWriteError, StateError, TorchCallError, quote, signature_text
+from .aten import bound, in_checkpoint, in_reentrant_checkpoint, storage_of, tensors_in, written
+from .call import Aval, Checkpoints
+from .errors import CapturedWriteError, ForeignTensorError, StateError, TorchCallError, quote, signature_text
 from .operations import operations
+from .own_gradients import Asked, wants_gradients
 from .packed import BatchSizes
 from .random import draws, refuse
 from .trees import flatten_registering, leaf_names
@@ -49,8 +50,12 @@ class Trace:
     """How many floating-point operations it takes, about (`operations.py`)."""
     random: bool
     """Whether it draws random numbers, or may draw them depending on values."""
-    checkpoints: bool = False
-    """Whether it uses `torch.utils.checkpoint`."""
+    checkpoints: Checkpoints = "none"
+    """Whether it uses `torch.utils.checkpoint`, and of which kind."""
+    differentiates: bool = False
+    """Whether parameters have to require gradients in any case (`own_gradients.py`)."""
+    steps: int = field(default=0, compare=False)
+    """Stands for the ops that it ran, one after another."""
     fakeable: bool = True
     """Whether it runs on fake tensors."""
     grad_mode: bool = True
@@ -76,6 +81,10 @@ class Traceable:
     """Whether random ops have a key to draw from."""
     key_remedy: str
     """What to do where they have none."""
+    trainable: tuple[int, ...] = ()
+    """Operands that are parameters of a module, which require gradients in torch."""
+    foreign: Mapping[int, str] = field(default_factory=dict)
+    """Storages that no op may read, because operands stand for what they hold; each with what it is."""
 
 
 def trace(traced: Traceable, *, out_shape: Any, example: Callable[[], list[torch.Tensor] | None]) -> Trace:
@@ -137,8 +146,8 @@ def _trace_values(
             f"{traced.name} {reason}, and running it on example values failed.\ntorch said: {quote(exc)}\n"
             "Pass `out_shape=` (a pytree of jax.ShapeDtypeStruct like the output)."
         ) from exc
-    known = {"treedef": found.treedef, "leaves": found.leaves, "checkpoints": found.checkpoints}
-    return replace(anything, **known, operations=found.operations)
+    known = ("treedef", "leaves", "checkpoints", "differentiates", "operations")
+    return replace(anything, **{name: getattr(found, name) for name in known})
 
 
 def _depends_on_values(exc: Exception) -> bool:
@@ -192,17 +201,46 @@ def _is_same_without_gradients(traced: Traceable, found: Trace) -> bool:
 
 
 def _observe(traced: Traceable, operands: list[torch.Tensor], *, grad_mode: bool = True) -> Trace:
+    """Run once, and again with parameters that require gradients if that may change something."""
+    if not traced.trainable:
+        return _observe_once(traced, operands, grad_mode=grad_mode)
+    is_fake = active_fake_mode() is not None
+    spare = [] if is_fake else [x.clone() for x in operands]
+    found, asking = None, Asked()
+    try:
+        with asking:
+            found = _observe_once(traced, operands, grad_mode=grad_mode)
+        if not asking.asked:
+            return found
+    except Exception as exc:
+        if not (asking.asked or wants_gradients(exc)):
+            raise
+    spare = spare or [torch.empty(s, dtype=d) for s, d in traced.specs]
+    for i in traced.trainable:
+        spare[i].requires_grad_(spare[i].is_floating_point() or spare[i].is_complex())
+    try:
+        other = _observe_once(traced, spare, grad_mode=grad_mode)
+    except Exception:
+        if found is None:
+            raise
+        return found  # as it is where gradients are off, which is all that it can do
+    if found is not None and found.steps == other.steps and replace(other, operations=found.operations) == found:
+        return found
+    return replace(other, differentiates=True)
+
+
+def _observe_once(traced: Traceable, operands: list[torch.Tensor], *, grad_mode: bool) -> Trace:
     """Run once, watching for writes into operands, random ops and tensors that stay behind. Empties `operands`."""
     name = traced.name
     storages = [StorageWeakRef(x.untyped_storage()) for x in operands]
-    observer = _Observer(name, storages, None if traced.has_key else traced.key_remedy)
+    observer = _Observer(name, storages, None if traced.has_key else traced.key_remedy, traced.foreign)
     with observer, torch.set_grad_enabled(grad_mode):
-        output, after = traced.function(*operands)
+        output, after = observer.watch(traced.function, operands)
         treedef, leaves = _describe(output, name)
         state = {i: x for i, x in zip(traced.state_operands, after, strict=True) if x is not operands[i]}
         _check_state(traced, state)
     observer.mutated |= {  # by `tensor.data = ...`
-        i for i, (x, s) in enumerate(zip(operands, storages, strict=True)) if x.untyped_storage()._cdata != s.cdata
+        i for i, (x, s) in enumerate(zip(operands, storages, strict=True)) if storage_of(x) != s.cdata
     }
     changed = tuple(i for i in traced.state_operands if i in state or i in observer.mutated)
     del output, after, state
@@ -225,6 +263,7 @@ def _observe(traced: Traceable, operands: list[torch.Tensor], *, grad_mode: bool
         operations=observer.operations,
         random=observer.random,
         checkpoints=observer.checkpoints,
+        steps=observer.steps,
     )
 
 
@@ -289,37 +328,70 @@ def _render(treedef: Any, leaves: Sequence[Any]) -> str:
     return str(jax.tree.unflatten(treedef, [short(leaf) for leaf in leaves]))
 
 
+_OF_AUTOGRAD = (torch.ops.prim.device.default, torch.ops.aten.detach.default)
+"""Ops that torch runs where tensors require gradients, to record them."""
+
+
 class _Observer(TorchDispatchMode):
     """Sees every op with its schema: which operands it writes into, whether it is random."""
 
-    def __init__(self, name: str, storages: Sequence[StorageWeakRef], key_remedy: str | None):
+    def __init__(
+        self, name: str, storages: Sequence[StorageWeakRef], key_remedy: str | None, foreign: Mapping[int, str]
+    ):
         super().__init__()
-        self.name = name
+        self.name, self._foreign = name, foreign
+        self._refused: ForeignTensorError | None = None
         self.mutated: set[int] = set()
         self.fused_kernels: set[str] = set()
         self.operations = 0.0
-        self.random = self.checkpoints = False
+        self.random, self.steps = False, 0
+        self.checkpoints: Checkpoints = "none"
         self._key_remedy = key_remedy  # None: there is a key
         self._fake = active_fake_mode() is not None  # then what the callable makes is fake, and only that
         self._operand_of = {s.cdata: i for i, s in enumerate(storages)}
 
+    def watch(self, function: Flat, operands: Sequence[torch.Tensor]) -> tuple[Any, Sequence[Any]]:
+        """What the function returns, unless an op read a foreign tensor: code may have caught that error."""
+        try:
+            result = function(*operands)
+        except Exception:
+            if self._refused is not None:
+                raise self._refused from None
+            raise
+        if self._refused is not None:
+            raise self._refused
+        return result
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         arguments = bound(func, args, kwargs)
+        for tensor in tensors_in(arguments) if self._foreign else ():
+            self._refuse_foreign(tensor)
         self.fused_kernels |= kernels.fused_kernels(func.name(), arguments)
         if draws(func, arguments):
             if self._key_remedy is not None:
                 raise refuse(self.name, func, self._key_remedy)
             self.random = True
-        self.checkpoints |= in_checkpoint()
+        if self.checkpoints == "none" and in_checkpoint():
+            self.checkpoints = "kept"
+        elif self.checkpoints != "reentrant" and not torch.is_grad_enabled() and in_reentrant_checkpoint():
+            self.checkpoints = "reentrant"
+        if func not in _OF_AUTOGRAD:
+            self.steps = hash((self.steps, func, *(x for x in args if isinstance(x, int | float))))
         for tensor in written(func, arguments):
             self._note_write(tensor)
         output = func(*args, **kwargs)
         self.operations += operations(func, args, kwargs, output)
         return output
 
+    def _refuse_foreign(self, tensor: torch.Tensor) -> None:
+        what = None if isinstance(tensor, fake_tensor.FakeTensor) else self._foreign.get(storage_of(tensor))
+        if what is not None:
+            self._refused = ForeignTensorError(self.name, tensor, what)
+            raise self._refused
+
     def _note_write(self, tensor: torch.Tensor) -> None:
-        operand = self._operand_of.get(tensor.untyped_storage()._cdata)
+        operand = self._operand_of.get(storage_of(tensor))
         if operand is not None:
             self.mutated.add(operand)
         elif self._fake and not isinstance(tensor, fake_tensor.FakeTensor | BatchSizes):

@@ -14,8 +14,10 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..interop.aten import storage_of
+
 _ABSENT = object()
-_Values = list[tuple[dict[str, Any], str, Any]]
+Values = list[tuple[dict[str, Any], str, Any]]
 
 
 @dataclass(frozen=True)
@@ -136,13 +138,13 @@ def _refill(container: Any, items: Any) -> None:
     container.extend(items) if isinstance(container, list) else container.update(items)
 
 
-def attribute_values(module: torch.nn.Module, attributes: Iterable[tuple[str, str]]) -> _Values:
+def attribute_values(module: torch.nn.Module, attributes: Iterable[tuple[str, str]]) -> Values:
     """The present values of attributes given as (dotted prefix, name), for `put_back`."""
     held = [(vars(module.get_submodule(path.rstrip("."))), name) for path, name in attributes]
     return [(namespace, name, namespace.get(name, _ABSENT)) for namespace, name in held]
 
 
-def put_back(values: _Values) -> None:
+def put_back(values: Values) -> None:
     """Give attributes the values they had."""
     for namespace, name, value in values:
         if value is _ABSENT:
@@ -155,7 +157,7 @@ def stray_tensors(
     module: torch.nn.Module, *, aliasing: Sequence[torch.Tensor] = (), fake: bool = False
 ) -> Iterator[str]:
     """Attributes, by dotted name, that hold tensors sharing memory with `aliasing`, or fake tensors."""
-    storages = {t.untyped_storage()._cdata for t in aliasing}
+    storages = {storage_of(t) for t in aliasing}
     for path, submodule in module.named_modules():
         held = [*vars(submodule).items(), *submodule._buffers.items()]
         for owner_name, owner in _objects(own_attributes(submodule)):
@@ -163,6 +165,6 @@ def stray_tensors(
         for name, value in held:
             for leaf in torch_pytree.tree_leaves(value) if name != "_buffers" else ():
                 if isinstance(leaf, torch.Tensor) and (
-                    (fake and isinstance(leaf, FakeTensor)) or leaf.untyped_storage()._cdata in storages
+                    (fake and isinstance(leaf, FakeTensor)) or storage_of(leaf) in storages
                 ):
                     yield f"{path}.{name}" if path else name

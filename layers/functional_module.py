@@ -16,12 +16,16 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from ..interop import dtypes
+from ..interop.aten import storage_of
 from ..interop.arrays import tensor_to_jax
 from ..interop.errors import StateError
 from ..interop.function import check_options
 from ..interop.random import PASS_A_KEY
+from .copying import copy_replacing
 from .module_function import ModuleFunction, Weights
-from .skeleton import SkeletonPool, copy_replacing, in_mode, named_tensors
+from .originals import Originals
+from .places import StandIns
+from .skeleton import SkeletonPool, in_mode, named_tensors
 
 Kind = Literal["params", "frozen", "buffers"]
 
@@ -63,9 +67,12 @@ class FunctionalModule:
         check_options(options["vmap_method"], options["residuals"])
         self.name = type(module).__name__
         self.training = module.training
-        self.specs = {name: Spec(_kind(t), tuple(t.shape), t.dtype) for name, t in named_tensors(module)}
+        weights = named_tensors(module)
+        self.specs = {name: Spec(_kind(t), tuple(t.shape), t.dtype) for name, t in weights}
         self._options, self.remedy, self.key_remedy, self.channels_last = options, remedy, key_remedy, channels_last
-        self.skeleton = copy_replacing(module, {t: _on_meta(t) for _, t in named_tensors(module)})
+        found = StandIns(weights)
+        self.skeleton = copy_replacing(module, {t: _on_meta(t) for _, t in weights}, found.of)
+        self.stand_ins, self.originals = found.made, Originals(weights)
         _prepare(self.skeleton)
         self._functions: dict[tuple[str, bool], ModuleFunction] = {}
         self._arguments: dict[str, frozenset[str]] = {}
@@ -81,7 +88,7 @@ class FunctionalModule:
             if not callable(getattr(self.skeleton, method, None)):
                 raise AttributeError(f"{self.name} has no method {method!r}.")
             if inference not in self._pools:
-                self._pools[inference] = SkeletonPool(self.skeleton, training=not inference)
+                self._pools[inference] = SkeletonPool(self.skeleton, self.stand_ins, training=not inference)
             self._functions[key] = ModuleFunction(self, method, self._pools[inference])
         return self._functions[key]
 
@@ -114,6 +121,12 @@ class FunctionalModule:
             name: leaf_of[id(t)] for name, t in self.skeleton.state_dict(keep_vars=True).items() if id(t) in leaf_of
         }
 
+    def foreign(self) -> dict[int, str]:
+        """Storages that no call may read, each with the weight that it is of, or the attribute."""
+        metas = {meta: stand_in.name for meta, stand_in in self.stand_ins.items()}
+        metas |= {meta: name for name, meta in named_tensors(self.skeleton)}
+        return {**self.originals.named(), **{storage_of(meta): name for meta, name in metas.items()}}
+
     def with_weights(self, weights: Weights, *, training: bool) -> torch.nn.Module:
         """A plain torch module carrying `weights`, in training or evaluation mode."""
         replacements = {}
@@ -121,6 +134,10 @@ class FunctionalModule:
             is_parameter = isinstance(meta, torch.nn.Parameter)
             tensor = weights[name]
             replacements[meta] = torch.nn.Parameter(tensor, meta.requires_grad) if is_parameter else tensor
+        given = {name: replacements[meta] for name, meta in named_tensors(self.skeleton)}
+        for meta, stand_in in self.stand_ins.items():
+            alias = stand_in.alias
+            replacements[meta] = stand_in.value if alias is None else alias.of(given[alias.weight])
         return in_mode(copy_replacing(self.skeleton, replacements), training=training)
 
     def lost_attribute(self, name: str, attribute: str) -> StateError:
@@ -174,6 +191,12 @@ def _check_module(module: Any) -> None:
             raise TypeError(
                 f"TorchModule: {type(module).__name__}.{name} is uninitialised (a lazy module). Run the torch module "
                 "once on an example input before wrapping it."
+            )
+        if not tensor.is_leaf:
+            raise TypeError(
+                f"TorchModule: buffer {type(module).__name__}.{name} has a graph: it was computed from parameters, by "
+                "which gradients would have to flow, as they do through no buffer. Compute it in `forward`, or detach "
+                f"it: `module.{name} = module.{name}.detach()`."
             )
         if dtypes.canonical(tensor.dtype) != dtypes.to_jax_dtype(tensor.dtype) and not _is_integer(tensor.dtype):
             raise TypeError(

@@ -10,12 +10,14 @@ import torch
 from ..interop import dtypes
 from ..interop.arguments import Arguments, Filler
 from ..interop.call import Aval
-from ..interop.errors import CapturedWriteError, RandomnessError, StateError, TorchCallError
+from ..interop.errors import CapturedWriteError, ForeignTensorError, RandomnessError, StateError, TorchCallError
 from ..interop.function import TorchFunction
+from ..interop.scope import current as current_scope
 from ..interop.trace import Flat, Trace
 from .attributes import attribute_changes, attribute_values, put_back, stray_tensors
 from .channels import to_flax_layout, to_torch_layout
-from .skeleton import Skeleton, SkeletonPool
+from .originals import refuse_foreign
+from .skeleton import Skeleton, SkeletonLoan, SkeletonPool
 
 if TYPE_CHECKING:
     from .functional_module import FunctionalModule
@@ -30,6 +32,7 @@ class ModuleFunction(TorchFunction):
         self._module, self._method, self._pool = module, method, pool
         self._names = sorted(module.specs)
         self.state_operands = tuple(i for i, name in enumerate(self._names) if module.specs[name].kind == "buffers")
+        self.trainable_operands = tuple(i for i, n in enumerate(self._names) if module.specs[n].kind == "params")
         self.key_remedy = module.key_remedy
         self._assigned: set[tuple[str, str]] = set()
         name = module.name if method == "forward" else f"{module.name}.{method}"
@@ -52,7 +55,7 @@ class ModuleFunction(TorchFunction):
         return output, {self._names[i]: x for i, x in state.items()}
 
     def runner(self, fill: Filler, found: Trace, *, stateful: bool) -> Flat:
-        n_weights, pool, method = len(self._names), self._pool, self._method
+        n_weights, pool = len(self._names), self._pool
         kept, channels_last = found.state, self._module.channels_last
         watched = () if found.fakeable or stateful else self.state_operands
 
@@ -62,16 +65,22 @@ class ModuleFunction(TorchFunction):
             args, kwargs = fill(tensors[n_weights:])
             if channels_last:
                 args, kwargs = to_torch_layout((args, kwargs))
-            skeleton = pool.borrow()
+            scope = current_scope()
+            loan = None if scope is None else scope.find(pool, weights)
+            skeleton = pool.borrow() if loan is None else loan.skeleton
             before = attribute_values(skeleton.module, self._assigned) if self._assigned else []
             skeleton.load(weights)
             try:
-                call = skeleton.module if method == "forward" else getattr(skeleton.module, method)
-                output = call(*args, **kwargs)
+                output = self._run(skeleton.module)(*args, **kwargs)
             finally:
                 replaced = skeleton.unload(weights)
                 put_back(before)
-                pool.give_back(skeleton)
+                if scope is None:
+                    pool.give_back(skeleton)
+                elif loan is None:
+                    scope.add(SkeletonLoan(pool, skeleton, weights, before))
+                if scope is not None:
+                    skeleton.load(weights)
             if channels_last:
                 output = to_flax_layout(output)
             lost = replaced.keys() - kept
@@ -84,10 +93,10 @@ class ModuleFunction(TorchFunction):
         return run
 
     def observer(self, fill: Filler) -> Flat:
-        """Run by `torch.func.functional_call`, the definition of a call, and learn which attributes are assigned."""
+        """Run once and learn which attributes are assigned."""
 
         def observe(*tensors: torch.Tensor) -> tuple[Any, Sequence[Any]]:
-            weights = dict(zip(self._names, tensors[: len(self._names)], strict=True))
+            weights = tensors[: len(self._names)]
             args, kwargs = fill(tensors[len(self._names) :])
             self._check_shapes(weights)
             skeleton = self._pool.borrow()
@@ -97,17 +106,19 @@ class ModuleFunction(TorchFunction):
             if self._module.channels_last:
                 output = to_flax_layout(output)
             self._pool.give_back(skeleton)  # one in which the forward failed is not used again
-            return output, [after[self._names[i]] for i in self.state_operands]
+            return output, [after[i] for i in self.state_operands]
 
         return observe
 
     def _observe(
-        self, skeleton: Skeleton, weights: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
+        self, skeleton: Skeleton, weights: Sequence[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, list[Any]]:
+        """The output, and what is in the place of each weight afterwards."""
         module, inputs = skeleton.module, [x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         with attribute_changes(module) as changes:
+            skeleton.load(weights)
             try:
-                output, after = self._functional_call(module, weights, args, kwargs)
+                output = self._run(module)(*args, **kwargs)
             except CapturedWriteError as exc:
                 skeleton.reset()
                 attribute = next(stray_tensors(module, aliasing=[exc.tensor]), None)
@@ -117,7 +128,9 @@ class ModuleFunction(TorchFunction):
             except RandomnessError as exc:
                 where = _innermost_submodule(module, exc)
                 raise RandomnessError(f"{exc} It was drawn in {where}.") if where else exc from None
-            skeleton.reset()  # functional_call leaves a module that stands in two places with tensors in it
+            replaced = skeleton.unload(weights)
+            if not replaced.keys() <= {*self.state_operands}:
+                self._refuse_changes(replaced)
             attribute = next(stray_tensors(module, aliasing=inputs), None)
             if attribute is not None:
                 raise TorchCallError(
@@ -131,21 +144,20 @@ class ModuleFunction(TorchFunction):
         attribute = next(stray_tensors(module, fake=True), None)
         if attribute is not None:
             raise self._module.lost_attribute(self.name, attribute)
-        return output, after
+        return output, [replaced.get(i, weight) for i, weight in enumerate(weights)]
 
-    def _functional_call(
-        self, module: torch.nn.Module, weights: dict[str, torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
-        """The output, and what is in the place of each weight afterwards."""
-        prefix = "" if self._method == "forward" else "module."
-        caller = _MethodCaller(module, self._method) if prefix else module
-        held = {prefix + name: tensor for name, tensor in weights.items()}
-        output = torch.func.functional_call(caller, held, args, kwargs)
-        after = {name: held[prefix + name] for name in weights}  # functional_call hands back what the forward put there
-        replaced = {i for i, name in enumerate(self._names) if after[name] is not weights[name]}
-        if not replaced.issubset(self.state_operands):
-            self._refuse_changes(replaced)
-        return output, after
+    def _run(self, module: torch.nn.Module) -> Any:
+        """The method; of `forward` with its hooks, as a call of the module."""
+        return module if self._method == "forward" else getattr(module, self._method)
+
+    def foreign(self) -> dict[int, str]:
+        return self._module.foreign()
+
+    def _specialize(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._specialize(*args, **kwargs)
+        except ForeignTensorError as exc:
+            raise refuse_foreign(self.name, exc, self._module.originals.named(), self._module.stand_ins) from exc
 
     def operand_dtypes(self, avals: Sequence[Aval]) -> list[torch.dtype]:
         """Each weight's own torch dtype, unless the user cast the leaf to another one."""
@@ -157,12 +169,6 @@ class ModuleFunction(TorchFunction):
         return restored + super().operand_dtypes(avals[len(specs) :])
 
     def check(self, found: Trace, *, stateful: bool) -> None:
-        if found.checkpoints:
-            raise TorchCallError(
-                f"{self.name} uses torch.utils.checkpoint, whose second run, in the backward pass, would find a module "
-                "without its weights. Switch it off (in transformers, `model.gradient_checkpointing_disable()`), and "
-                "put `jax.checkpoint` around the call to save memory."
-            )
         if found.state and found.fakeable and not stateful:
             self._refuse_changes(found.state)
 
@@ -180,25 +186,15 @@ class ModuleFunction(TorchFunction):
             "to the optimizer."
         )
 
-    def _check_shapes(self, weights: Weights) -> None:
-        for name, spec in self._module.specs.items():
-            if tuple(weights[name].shape) != spec.shape:
+    def _check_shapes(self, weights: Sequence[torch.Tensor]) -> None:
+        for name, weight in zip(self._names, weights, strict=True):
+            spec = self._module.specs[name]
+            if tuple(weight.shape) != spec.shape:
                 raise TorchCallError(
-                    f"{self.name}: leaf {name!r} has shape {tuple(weights[name].shape)}, but the torch module's is "
+                    f"{self.name}: leaf {name!r} has shape {tuple(weight.shape)}, but the torch module's is "
                     f"{spec.shape}. A stacked model is called under vmap over its leaves, e.g. "
                     "`eqx.filter_vmap(lambda m, x: m(x), in_axes=(eqx.if_array(0), None))(model, x)`."
                 )
-
-
-class _MethodCaller(torch.nn.Module):
-    """Makes another method than `forward` reachable for `functional_call`."""
-
-    def __init__(self, module: torch.nn.Module, method: str):
-        super().__init__()
-        self.module, self._method = module, method
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.module, self._method)(*args, **kwargs)
 
 
 def _innermost_submodule(module: torch.nn.Module, exc: BaseException) -> str | None:

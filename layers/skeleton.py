@@ -1,12 +1,16 @@
 """Skeletons: torch modules without weights, one per running call."""
 
 import collections
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
+
+from ..interop.scope import Loan
+from .attributes import Values, put_back
+from .copying import Copier
+from .places import Alias, Place, StandIn, scattered
+from .scripted import ScriptSlots
 
 
 class Skeleton:
@@ -14,23 +18,50 @@ class Skeleton:
 
     `load` does what `torch.func.functional_call` does, assign to `_parameters` and `_buffers`, through a table of the
     places of each weight (a tied one has several), in a tenth of a microsecond instead of seven per weight.
+
+    **Arguments:**
+
+    - `module`: without weights; meta tensors are in their places.
+    - `weights`: those meta tensors.
+    - `aliases`: meta tensors in the place of views of weights.
+    - `is_scattered`: whether weights may be in other places than modules have for them.
     """
 
-    def __init__(self, module: torch.nn.Module, weights: Sequence[torch.Tensor]):
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        weights: Sequence[torch.Tensor],
+        aliases: Mapping[torch.Tensor, Alias] | None = None,
+        *,
+        is_scattered: bool = False,
+    ):
         self.module, self._weights = module, weights
         index = {id(w): i for i, w in enumerate(weights)}
-        self._places: list[tuple[int, dict[str, Any], str]] = [
-            (index[id(tensor)], namespace, name)
-            for submodule in module.modules()
-            for namespace in (submodule._parameters, submodule._buffers)
+        self._places: list[Place] = [
+            (index[id(tensor)], ScriptSlots(part) if isinstance(part, torch.jit.ScriptModule) else namespace, name)
+            for part in module.modules()
+            for namespace in (part._parameters, part._buffers)
             for name, tensor in namespace.items()
             if tensor is not None
         ]
+        self._others: list[Place] = []
+        self._aliases: list[tuple[int, Alias, torch.Tensor, Any, Any]] = []
+        if is_scattered:
+            self._find_others(index, aliases or {})
+
+    def _find_others(self, index: dict[int, int], aliases: Mapping[torch.Tensor, Alias]) -> None:
+        number_of = {name: index[id(tensor)] for name, tensor in named_tensors(self.module)}
+        self._others, found = scattered(self.module, index, {id(meta): alias for meta, alias in aliases.items()})
+        self._aliases = [(number_of[alias.weight], alias, *place) for alias, *place in found]
 
     def load(self, tensors: Sequence[torch.Tensor]) -> None:
         """Put tensors in the places of the weights."""
         for i, namespace, name in self._places:
             namespace[name] = tensors[i]
+        for i, holder, key in self._others:
+            holder[key] = tensors[i]
+        for i, alias, _, holder, key in self._aliases:
+            holder[key] = alias.of(tensors[i])
 
     def unload(self, tensors: Sequence[torch.Tensor]) -> dict[int, Any]:
         """Take the tensors out; what the forward put in the places of others, by number of the weight."""
@@ -40,6 +71,13 @@ class Skeleton:
             if found is not tensors[i]:
                 replaced[i] = found
             namespace[name] = self._weights[i]
+        for i, holder, key in self._others:
+            if _present(holder, key, tensors[i]) is not tensors[i]:
+                replaced.setdefault(i, None)
+            else:
+                holder[key] = self._weights[i]
+        for _, _, meta, holder, key in self._aliases:
+            holder[key] = meta
         return replaced
 
     def reset(self) -> None:
@@ -47,12 +85,23 @@ class Skeleton:
         self.load(self._weights)
 
 
+def _present(holder: Any, key: Any, otherwise: Any) -> Any:
+    """What is in a place now, where that can be seen."""
+    if isinstance(holder, list):
+        return holder[key] if key < len(holder) else None
+    return holder.get(key) if isinstance(holder, dict) else otherwise
+
+
 class SkeletonPool:
     """Lends skeletons, a new copy whenever all are in use: with one module object, two threads would compute with
     each other's weights."""
 
-    def __init__(self, skeleton: torch.nn.Module, *, training: bool):
-        self._original = in_mode(_copy(skeleton), training=training)
+    def __init__(
+        self, skeleton: torch.nn.Module, stand_ins: Mapping[torch.Tensor, StandIn] | None = None, *, training: bool
+    ):
+        self._shared = {t: t for t in (*(t for _, t in named_tensors(skeleton)), *(stand_ins or ()))}
+        self._aliases = {meta: s.alias for meta, s in (stand_ins or {}).items() if s.alias is not None}
+        self._original = in_mode(Copier(skeleton, self._shared).copied(), training=training)
         self._free: collections.deque[Skeleton] = collections.deque()
 
     def borrow(self) -> Skeleton:
@@ -60,42 +109,45 @@ class SkeletonPool:
         try:
             return self._free.pop()
         except IndexError:
-            module = _copy(self._original)
-            return Skeleton(module, [tensor for _, tensor in sorted(named_tensors(module))])
+            copier = Copier(self._original, self._shared)
+            module = copier.copied()
+            weights = [tensor for _, tensor in sorted(named_tensors(module))]
+            return Skeleton(module, weights, self._aliases, is_scattered=copier.is_scattered)
 
     def give_back(self, skeleton: Skeleton) -> None:
         """Return a skeleton after the call."""
         self._free.append(skeleton)
 
 
+class SkeletonLoan(Loan):
+    """A skeleton that keeps the weights of a call for its backward pass (`interop/scope.py`)."""
+
+    def __init__(self, pool: SkeletonPool, skeleton: Skeleton, tensors: Sequence[torch.Tensor], before: Values):
+        self.skeleton, self.tensors = skeleton, tensors
+        self._pool, self._before = pool, before
+
+    def fits(self, lender: Any, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether it is of that pool, with these very tensors."""
+        return lender is self._pool and all(a is b for a, b in zip(self.tensors, tensors, strict=True))
+
+    def fill(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Put weights in."""
+        self.tensors = tensors
+        self.skeleton.load(tensors)
+
+    def empty(self) -> None:
+        """Take them out, and what the backward pass left behind."""
+        self.skeleton.unload(self.tensors)
+        put_back(self._before)
+
+    def end(self) -> None:
+        """Give the skeleton back."""
+        self._pool.give_back(self.skeleton)
+
+
 def named_tensors(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Parameters and buffers under torch's names; tied ones once."""
     return [*module.named_parameters(), *module.named_buffers()]
-
-
-def copy_replacing(module: torch.nn.Module, replacements: Mapping[torch.Tensor, torch.Tensor]) -> torch.nn.Module:
-    """A deep copy of `module` with other tensors in the place of its own; ties stay ties."""
-    memo: dict[int, Any] = {id(old): new for old, new in replacements.items()}
-    for submodule in module.modules():
-        compiler = vars(submodule).get("dynamo_ctx")  # of torch.compile: shared, it finds what it compiled before
-        memo[id(compiler)] = compiler
-        for value in vars(submodule).values():
-            if isinstance(value, torch.Tensor) and not value.is_leaf:  # as hook-based weight_norm leaves behind
-                memo[id(value)] = value.detach()
-    try:
-        return copy.deepcopy(module, memo)
-    except Exception as exc:
-        raise TypeError(
-            f"{type(module).__name__} cannot be copied with copy.deepcopy ({type(exc).__name__}: {exc}); torchleaf "
-            "keeps a copy of the module without its weights. Remove the attribute that cannot be copied, or give its "
-            "class a __deepcopy__."
-        ) from exc
-
-
-def _copy(skeleton: torch.nn.Module) -> torch.nn.Module:
-    """A copy sharing the meta tensors, which hold nothing."""
-    with _disable_current_modes():  # else its other tensors would become fake when a trace needs a copy
-        return copy_replacing(skeleton, {t: t for _, t in named_tensors(skeleton)})
 
 
 def in_mode(module: torch.nn.Module, *, training: bool) -> torch.nn.Module:

@@ -1,0 +1,34 @@
+"""Callables that differentiate by their own operands: gradient penalties by a weight, test-time training.
+
+In torch a parameter requires gradients wherever it is used, and code may rely on that, or ask for it
+(`if weight.requires_grad`). The operands of a call require them only where JAX differentiates by them. So a callable
+that fails for want of gradients, or that does something else where parameters have them, gets such operands always.
+"""
+
+import os
+import sys
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_GETTER = torch.Tensor.requires_grad.__get__  # pyright: ignore[reportAttributeAccessIssue]
+_TORCH = os.path.dirname(torch.__file__)
+
+
+class Asked(TorchFunctionMode):
+    """Notes whether code outside of torch asks a tensor whether it requires gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == _GETTER and not sys._getframe(1).f_code.co_filename.startswith(_TORCH):
+            self.asked = True
+        return func(*args, **(kwargs or {}))
+
+
+def wants_gradients(exc: BaseException) -> bool:
+    """Whether torch failed because a tensor requires no gradient."""
+    return isinstance(exc, RuntimeError) and "does not require grad" in str(exc)
