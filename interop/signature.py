@@ -12,11 +12,7 @@ class Signature:
     """The Python signature of a torch callable; builtins without one accept anything."""
 
     def __init__(self, fn: Callable[..., Any], name: str):
-        self.name = name
-        try:
-            self._signature = inspect.signature(fn)
-        except (TypeError, ValueError):  # many builtins of torch have none
-            self._signature = None
+        self.name, self._signature = name, signature_of(fn)
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """`TypeError` naming the callable and the argument that is missing or unknown."""
@@ -46,3 +42,24 @@ class Signature:
             if i == index:
                 return parameter.name
         return f"args[{index}]"
+
+
+def signature_of(fn: Callable[..., Any]) -> inspect.Signature | None:
+    """Python's signature, or TorchScript's; many builtins of torch have none."""
+    try:
+        return inspect.signature(fn)
+    except (TypeError, ValueError):
+        schema = getattr(fn, "schema", None)
+    if schema is None:
+        return None
+    kinds = {True: inspect.Parameter.KEYWORD_ONLY, False: inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    return inspect.Signature(
+        [
+            inspect.Parameter(a.name, kinds[a.kwarg_only], default=a.default_value if a.has_default_value() else _EMPTY)
+            for a in schema.arguments
+            if a.name != "self"
+        ]
+    )
+
+
+_EMPTY = inspect.Parameter.empty

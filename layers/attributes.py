@@ -15,6 +15,7 @@ import torch.utils._pytree as torch_pytree
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..interop.aten import storage_of
+from .scripted import ScriptSlots
 
 _ABSENT = object()
 Values = list[tuple[dict[str, Any], str, Any]]
@@ -47,8 +48,10 @@ def attribute_changes(module: torch.nn.Module) -> Iterator[list[Change]]:
             changes += snapshot.undo()
 
 
-def _snapshots(path: str, module: torch.nn.Module) -> Iterator["_Snapshot"]:
+def _snapshots(path: str, module: torch.nn.Module) -> Iterator["_Snapshot | _ScriptSnapshot"]:
     yield _Snapshot(path, module, put_back_in_calls=True, ignored=set(_computed_by_hooks(module)))
+    if isinstance(module, torch.jit.ScriptModule):
+        yield _ScriptSnapshot(path, module)
     for name, owner in _objects(own_attributes(module)):
         yield _Snapshot(f"{path}{name}.", owner, put_back_in_calls=False)
 
@@ -79,6 +82,22 @@ class _Snapshot:
                 shown = _first_difference(before, self._items[name]) if name == "_modules" else name
                 _refill(before, self._items[name])
                 yield Change(self._path, shown, is_state=True)
+
+
+class _ScriptSnapshot:
+    """The attributes of a TorchScript module that are no weights; lists come out of it as new ones each time."""
+
+    def __init__(self, path: str, module: torch.jit.ScriptModule):
+        self._path, self._slots = path, ScriptSlots(module)
+        self._values = self._slots.unregistered()
+
+    def undo(self) -> Iterator[Change]:
+        for name, after in self._slots.unregistered().items():
+            before = self._values[name]
+            same = before is after if isinstance(before, torch.Tensor) else repr(before) == repr(after)
+            if not same:
+                self._slots[name] = before
+                yield Change(self._path, name, is_state=True)
 
 
 _OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
@@ -140,8 +159,16 @@ def _refill(container: Any, items: Any) -> None:
 
 def attribute_values(module: torch.nn.Module, attributes: Iterable[tuple[str, str]]) -> Values:
     """The present values of attributes given as (dotted prefix, name), for `put_back`."""
-    held = [(vars(module.get_submodule(path.rstrip("."))), name) for path, name in attributes]
+    held = [(vars(_part(module, path)), name) for path, name in attributes]
     return [(namespace, name, namespace.get(name, _ABSENT)) for namespace, name in held]
+
+
+def _part(module: torch.nn.Module, path: str) -> Any:
+    """A submodule by its dotted prefix; those of TorchScript have no `get_submodule`."""
+    part: Any = module
+    for name in path.split(".")[:-1]:
+        part = part._modules[name]
+    return part
 
 
 def put_back(values: Values) -> None:

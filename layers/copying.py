@@ -66,7 +66,7 @@ class Copier:
                         self.copy(part)
                 blank = [part for part in self._parts if id(part) not in self.memo and _is_plain(type(part))]
                 self.memo |= {id(part): type(part).__new__(type(part)) for part in blank}
-                for part in blank:
+                for part in reversed(blank):  # inner ones first: classes with a way of their own look into them
                     self._fill(part, self.memo[id(part)])
                 return self.copy(self._module)
         except Exception as exc:
@@ -176,7 +176,8 @@ class Copier:
         if stood_in is not None:
             self.is_scattered = True
             return stood_in
-        return copy.deepcopy(tensor, self.memo) if tensor.is_leaf else tensor.detach().clone()
+        is_plain = tensor.is_leaf and tensor.layout == torch.strided
+        return copy.deepcopy(tensor, self.memo) if is_plain else tensor.detach().clone()
 
     def _object(self, value: Any) -> Any:
         made = self._remember(value, object.__new__(type(value)))

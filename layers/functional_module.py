@@ -4,7 +4,6 @@ The skeleton is a copy of the module whose parameters and buffers lie on the met
 tensors in their place as `torch.func.functional_call` does, in a copy that no other thread is using.
 """
 
-import inspect
 import sys
 import warnings
 from collections.abc import Mapping
@@ -21,11 +20,12 @@ from ..interop.arrays import tensor_to_jax
 from ..interop.errors import StateError
 from ..interop.function import check_options
 from ..interop.random import PASS_A_KEY
+from ..interop.signature import signature_of
 from .copying import copy_replacing
 from .module_function import ModuleFunction, Weights
 from .originals import Originals
 from .places import StandIns
-from .skeleton import SkeletonPool, in_mode, named_tensors
+from .skeleton import SkeletonPool, in_mode, is_training, named_tensors
 
 Kind = Literal["params", "frozen", "buffers"]
 
@@ -66,7 +66,7 @@ class FunctionalModule:
         _warn_of_compilation_in_place(module)
         check_options(options["vmap_method"], options["residuals"])
         self.name = type(module).__name__
-        self.training = module.training
+        self.training = is_training(module)
         weights = named_tensors(module)
         self.specs = {name: Spec(_kind(t), tuple(t.shape), t.dtype) for name, t in weights}
         self._options, self.remedy, self.key_remedy, self.channels_last = options, remedy, key_remedy, channels_last
@@ -96,8 +96,8 @@ class FunctionalModule:
         """The names of a method's arguments; none if there is no such method."""
         if method not in self._arguments:
             function = getattr(self.skeleton, method, None)
-            named = inspect.signature(function).parameters if callable(function) else ()
-            self._arguments[method] = frozenset(named)
+            signature = signature_of(function) if callable(function) else None
+            self._arguments[method] = frozenset(signature.parameters if signature else ())
         return self._arguments[method]
 
     def fits(self, kind: Kind, leaves: Mapping[str, Any]) -> bool:
@@ -181,11 +181,6 @@ def _check_module(module: Any) -> None:
     if not isinstance(module, torch.nn.Module):
         hint = " (a class: pass an instance)" if isinstance(module, type) else ""
         raise TypeError(f"TorchModule: module must be a torch.nn.Module, got {type(module).__name__}{hint}.")
-    if isinstance(module, torch.jit.ScriptModule):
-        raise TypeError(
-            f"TorchModule: {type(module).__name__} is a TorchScript module, whose weights cannot be taken out of its "
-            "compiled code. Wrap the Python module it was scripted from."
-        )
     for name, tensor in named_tensors(module):
         if is_lazy(tensor):
             raise TypeError(

@@ -7,7 +7,7 @@ import functools
 import itertools
 import types
 import weakref
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -112,47 +112,64 @@ def _module(value: torch.nn.Module, held: Reference) -> _Parts:
 _OF_MODULES = ("_modules", "_parameters", "_buffers")
 
 
+# Classes derived from containers may count and list what they hold in a way of their own: these are asked as what they
+# are derived from.
+
+
 def _dict(value: dict[Any, Any], held: Reference) -> _Parts:
     keys = _Keys(value)
-    for key, item in list(value.items()):
+    for key, item in list(dict.items(value)):
         if type(key) not in ATOMS:
             yield f" (key {type(key).__name__})", keys, key, key
         yield f"[{key!r}]" if type(key) in ATOMS else f"[{type(key).__name__}]", value, key, item
-    if getattr(value, "default_factory", None) is not None:
-        yield ".default_factory", _Attributes(value), "default_factory", value.default_factory  # pyright: ignore
+    if isinstance(value, defaultdict):
+        yield ".default_factory", _Attributes(value), "default_factory", value.default_factory
     if type(value).__dictoffset__:
         yield from _object(value, held)
 
 
-def _list(value: Any, held: Reference) -> _Parts:
-    for i, item in enumerate(list(value)):
+def _list(value: list[Any], held: Reference) -> _Parts:
+    for i, item in enumerate(list.__iter__(value)):
         yield f"[{i}]", value, i, item
     if type(value).__dictoffset__:
         yield from _object(value, held)
 
 
+def _deque(value: deque[Any], held: Reference) -> _Parts:
+    for i, item in enumerate(deque.__iter__(value)):
+        yield f"[{i}]", value, i, item
+
+
 def _tuple(value: tuple[Any, ...], held: Reference) -> _Parts:
-    rebuilt = _Rebuilt(held, getattr(type(value), "_make", type(value)), list)
-    for i, item in enumerate(value):
-        yield f"[{i}]", rebuilt, i, item
+    parts = _Rebuilt(held, lambda: list(tuple.__iter__(value)), lambda items: _like_tuple(value, items))
+    for i, item in enumerate(tuple.__iter__(value)):
+        yield f"[{i}]", parts, i, item
+
+
+def _like_tuple(value: tuple[Any, ...], items: list[Any]) -> tuple[Any, ...]:
+    made = tuple.__new__(type(value), items)
+    if type(value).__dictoffset__:
+        vars(made).update(vars(value))
+    return made
 
 
 def _set(value: set[Any], held: Reference) -> _Parts:
     members = _Members(value)
-    for item in list(value):
+    for item in list(set.__iter__(value)):
         yield f" (item {type(item).__name__})", members, item, item
 
 
 def _frozenset(value: frozenset[Any], held: Reference) -> _Parts:
-    rebuilt = _Rebuilt(held, frozenset, list)
-    for i, item in enumerate(value):
-        yield f" (item {type(item).__name__})", rebuilt, i, item
+    items = list(frozenset.__iter__(value))
+    parts = _Rebuilt(held, lambda: items, type(value))
+    for i, item in enumerate(items):
+        yield f" (item {type(item).__name__})", parts, i, item
 
 
 def _method(value: types.MethodType, held: Reference) -> _Parts:
-    rebuilt = _Rebuilt(held, lambda parts: types.MethodType(*parts), lambda m: [m.__func__, m.__self__])
-    yield ".__func__", rebuilt, 0, value.__func__
-    yield ".__self__", rebuilt, 1, value.__self__
+    parts = _Rebuilt(held, lambda: [value.__func__, value.__self__], lambda items: types.MethodType(*items))
+    yield ".__func__", parts, 0, value.__func__
+    yield ".__self__", parts, 1, value.__self__
 
 
 def _partial(value: functools.partial[Any], held: Reference) -> _Parts:
@@ -193,7 +210,7 @@ _KINDS: dict[type, Callable[[Any, Reference], _Parts]] = {
     torch.nn.Module: _module,
     dict: _dict,
     list: _list,
-    deque: _list,
+    deque: _deque,
     tuple: _tuple,
     set: _set,
     frozenset: _frozenset,
@@ -262,9 +279,11 @@ class _Members:
 class _Rebuilt:
     """The parts of something immutable, which is made anew and put where it is held."""
 
-    def __init__(self, held: Reference, make: Callable[[list[Any]], Any], take_apart: Callable[[Any], list[Any]]):
-        self._held, self._make, self._parts = held, make, take_apart(held.value)
+    def __init__(self, held: Reference, take_apart: Callable[[], list[Any]], make: Callable[[list[Any]], Any]):
+        self._held, self._take_apart, self._make = held, take_apart, make
+        self._parts: list[Any] | None = None
 
     def __setitem__(self, key: int, value: Any) -> None:
+        self._parts = self._take_apart() if self._parts is None else self._parts
         self._parts[key] = value
         self._held.holder[self._held.key] = self._make(self._parts)

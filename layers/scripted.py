@@ -31,7 +31,8 @@ class ScriptSlots:
     def unregistered(self) -> dict[str, Any]:
         """Those that are neither parameters nor buffers."""
         registered = {*self._module._parameters.keys(), *self._module._buffers.keys()}
-        return {name: self.get(name) for name in self._module._concrete_type.get_attributes() if name not in registered}
+        declared = torch._C.ConcreteModuleType.from_jit_type(self._module._c._type()).get_attributes()
+        return {name: self.get(name) for name in declared if name not in registered}
 
     def items(self) -> dict[str, Any]:
         """All of them."""
@@ -43,6 +44,7 @@ def copy_scripted(module: Any, copier: "Copier") -> Any:
     made = torch.jit._recursive.wrap_cpp_module(_copy_state(module._c))
     for part, made_part in zip(module.modules(), made.modules(), strict=True):
         copier.memo[id(part)] = made_part
+        getattr(made_part, "forward", None)  # it caches its methods, which is no change of state
         slots, present = ScriptSlots(made_part), ScriptSlots(part).items()
         copier.keep(present)
         for name, value in present.items():

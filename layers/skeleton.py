@@ -152,4 +152,9 @@ def named_tensors(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 def in_mode(module: torch.nn.Module, *, training: bool) -> torch.nn.Module:
     """Put the module in training or evaluation mode; submodules set otherwise stay so if it already is."""
-    return module if module.training == training else module.train(training)
+    return module if is_training(module) == training else module.train(training)
+
+
+def is_training(module: torch.nn.Module) -> bool:
+    """Whether the module is in training mode; frozen ones of TorchScript have none."""
+    return getattr(module, "training", False)
