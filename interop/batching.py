@@ -99,7 +99,7 @@ class Vmap(TorchCall):
 
     def run(self, *tensors: torch.Tensor) -> Tensors:
         tensors = _batch_first(self, tensors)
-        if self._strategy is _functional and self.base.reenters:
+        if self._strategy is _functional and self.base.is_loose:
             self._strategy = _loop  # it was decided before that was known
         try:
             batched = self._strategy(self, *tensors)

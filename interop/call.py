@@ -165,7 +165,8 @@ class Base(TorchCall):
     - `differentiates`: whether those must require gradients in any case: `function` differentiates by them itself.
     - `checkpoints`: whether it uses `torch.utils.checkpoint`, and of which kind.
 
-    `reenters` says whether its backward pass runs a part of the module again (`scope.py`).
+    Two facts are found when it is first differentiated (`hidden_writes.py`): `reenters`, whether its backward pass runs
+    a part of the module again (`scope.py`), and `has_sparse_gradients`, which torch cannot batch.
     - `fused_kernels`: those it uses that are replaced under higher derivatives (`kernels.py`).
     - `forward_mode`, `vmap_method`, `residuals`, `replay`: the user's options.
     """
@@ -202,7 +203,7 @@ class Base(TorchCall):
         self.in_avals, self.out_avals, self.state = tuple(in_avals), tuple(out_avals), state
         self.buffers, self.foreign = buffers, foreign
         self._trainable, self._differentiates = trainable, differentiates
-        self.checkpoints, self.reenters = checkpoints, checkpoints == "kept"
+        self.checkpoints, self.reenters, self.has_sparse_gradients = checkpoints, checkpoints == "kept", False
         self.forward_mode, self.vmap_method, self.residuals = forward_mode, vmap_method, residuals
         self.wants_replay = replay
         self.warned = False  # about falling back to a loop
@@ -226,7 +227,12 @@ class Base(TorchCall):
 
     @property
     def composable(self) -> bool:
-        return self.fakeable and not self.reenters
+        return self.fakeable and not self.is_loose
+
+    @property
+    def is_loose(self) -> bool:
+        """Whether torch's autograd has to differentiate each call by itself."""
+        return self.reenters or self.has_sparse_gradients
 
     @property
     def recordable(self) -> bool:

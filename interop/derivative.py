@@ -261,7 +261,7 @@ class Vjp(_Derivative):
         primals, cotangents = self._split(tensors)
         function, xs = self._function(primals)
         _, pullback, *_ = torch.func.vjp(function, *xs)
-        return reverse.conj(pullback(reverse.conj(cotangents)))
+        return reverse.conj(tuple(map(reverse.dense, pullback(reverse.conj(cotangents)))))
 
     def _autograd(self, *tensors: torch.Tensor) -> Tensors:
         primals, cotangents = self._split(tensors)

@@ -21,6 +21,7 @@ from .aten import storage_of
 from .call import Tensors, TorchCall
 from .kernels import compiling
 from .repeated import Repeated
+from .reverse import dense
 from .scope import Scope
 
 Batch = tuple[tuple[int | None, ...], int]
@@ -122,7 +123,7 @@ class Graph:
                 )
         finally:
             self._saved.operands = ()
-        return tuple(self._zeros(i, operands) if g is None else g for i, g in zip(active, grads, strict=True))
+        return tuple(self._zeros(i, operands) if g is None else dense(g) for i, g in zip(active, grads, strict=True))
 
     def _zeros(self, operand: int, operands: Tensors) -> torch.Tensor:
         return operands[operand].new_zeros(self._call.in_avals[operand].shape)

@@ -24,7 +24,7 @@ from .trial import trial_run
 def hidden_writes(call: Base) -> bool:
     """Whether torch's backward pass of a call may write into its operands or into cotangents.
 
-    Notes, too, whether it runs a part of the module again. Raises `TorchCallError` for a forward pass that writes into
+    Notes, too, what else the call should know of it. Raises `TorchCallError` for a forward pass that writes into
     operands only where gradients are recorded, `RandomnessError` for a backward pass that draws random numbers.
     """
     if call.checkpoints == "reentrant":
@@ -40,6 +40,7 @@ def hidden_writes(call: Base) -> bool:
     if watch.foreign is not None and not call.reenters:
         call.reenters = True
         watch, failure = _fake_backward_pass(call)
+    call.has_sparse_gradients = watch.makes_sparse
     if watch.foreign is not None:
         raise ForeignTensorError(call.name, *watch.foreign)
     if watch.in_forward or _LEAF_WRITTEN in str(failure):
@@ -85,7 +86,7 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, foreign: Mapping[int, str]):
         super().__init__()
-        self.writes = self.in_forward = False
+        self.writes = self.in_forward = self.makes_sparse = False
         self.random: Any = None
         self.foreign: tuple[torch.Tensor, str] | None = None
         self._foreign_storages, self._storages = foreign, set[int]()
@@ -104,4 +105,5 @@ class _Watch(TorchDispatchMode):
         for x in tensors_in(arguments) if self._foreign_storages else ():
             if not isinstance(x, FakeTensor) and storage_of(x) in self._foreign_storages:
                 self.foreign = x, self._foreign_storages[storage_of(x)]
+        self.makes_sparse |= "_sparse_coo_tensor" in func.name()
         return func(*args, **kwargs)

@@ -1,28 +1,34 @@
 """`torch_call`: one JAX primitive for every torch call, and its rules."""
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import util as jax_util
 from jax.core import ShapedArray
 from jax.extend.core import Primitive, Var
 from jax.interpreters import ad, batching, mlir, partial_eval
 
 from . import sharding, transport
-from .batching import vmap
-from .call import TorchCall, take
+from .batching import Vmap, vmap
+from .call import Base, TorchCall, take
 from .derivative import Jvp, Vjp, linearize
 from .handles import HANDLE
-from .per_example import over_batch
+from .per_example import PerExampleVjp, over_batch
 from .residuals import Save, drop_with
 
 torch_call_p = Primitive("torch_call")
 torch_call_p.multiple_results = True
 eager_call_p = Primitive("torch_call_eager")
 eager_call_p.multiple_results = True
+
+
+# JAX caches results of abstract evaluation by the parameters of equations; a call in there is to die as a jaxpr does.
+getattr(jax_util, "weakref_cache_key_types", set()).update({Base, Jvp, Vjp, Save, Vmap, PerExampleVjp})
 
 
 def bind(call: TorchCall, *operands: Any) -> list[Any]:
@@ -33,28 +39,57 @@ def bind(call: TorchCall, *operands: Any) -> list[Any]:
 # --- evaluation ----------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _compiled(call: TorchCall, *operands: jax.Array) -> list[Any]:
-    return eager_call_p.bind(*sharding.align(operands), call=call)
+class _Reference:
+    """A call, as JAX's caches may hold it."""
+
+    def __init__(self, call: TorchCall):
+        self._call = weakref.ref(call)
+
+    def __call__(self) -> TorchCall:
+        call = self._call()
+        assert call is not None, "the caller of an eager program holds its call"
+        return call
+
+
+def _compiled(call: TorchCall) -> Callable[..., list[jax.Array]]:
+    """The program of an eager call. It lives as long as the call, of which JAX's caches hold no more than a reference."""
+    reference = _Reference(call)
+
+    def run(*operands: jax.Array) -> list[Any]:
+        return eager_call_p.bind(*sharding.align(operands), call=reference)
+
+    run.__name__ = run.__qualname__ = call.name
+    return jax.jit(run)
 
 
 @torch_call_p.def_impl
 def _impl(*operands: Any, call: TorchCall) -> list[jax.Array]:
     with jax.disable_jit(False):  # it would evaluate `bind` again, for ever
-        results = _compiled(call, *operands)
+        results = call.derive(_compiled)(*operands)
     if isinstance(call, Save):
         drop_with(results[-1])
     return results
+
+
+@eager_call_p.def_impl
+def _deoptimized(*operands: Any, call: _Reference) -> NoReturn:
+    """Where `jax.debug_nans` or `jax.debug_infs` look for the op behind an invalid value: this is it."""
+    raise FloatingPointError(f"invalid value (nan or infinity) encountered in {call().name}")
 
 
 def _abstract_eval(*avals: Any, call: TorchCall) -> list[ShapedArray]:
     return [sharding.result_aval(aval.shape, aval.dtype, avals) for aval in call.out_avals]
 
 
+def _of_reference(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """A rule of `torch_call`, for the eager one."""
+    return lambda *args, call: rule(*args, call=call())
+
+
 torch_call_p.def_abstract_eval(_abstract_eval)
-eager_call_p.def_abstract_eval(_abstract_eval)
+eager_call_p.def_abstract_eval(_of_reference(_abstract_eval))
 mlir.register_lowering(torch_call_p, functools.partial(transport.lower, repeats=True))
-mlir.register_lowering(eager_call_p, functools.partial(transport.lower, repeats=False))
+mlir.register_lowering(eager_call_p, _of_reference(functools.partial(transport.lower, repeats=False)))
 
 
 # --- differentiation -----------------------------------------------------------------------------

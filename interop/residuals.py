@@ -67,8 +67,8 @@ class Save(TorchCall):
     def prepare(self) -> None:
         self.base.derive(hidden_writes)
         self._graphed.prepare()
-        if self.base.reenters and self.batch is not None:
-            self._keepable = False  # a part that runs again would need the weights of each example
+        if self.base.is_loose and self.batch is not None:
+            self._keepable = False
 
     @property
     def composable(self) -> bool:

@@ -76,7 +76,12 @@ def gradients(
     )
     if create_graph:
         _refuse_dead_ends([g for g in grads if g is not None])
-    return tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, xs, strict=True))
+    return tuple(torch.zeros_like(x) if g is None else dense(g) for g, x in zip(grads, xs, strict=True))
+
+
+def dense(gradient: torch.Tensor) -> torch.Tensor:
+    """A gradient as JAX has it: `nn.Embedding(sparse=True)` and products with sparse matrices make sparse ones."""
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()
 
 
 def _refuse_dead_ends(grads: Sequence[torch.Tensor]) -> None:

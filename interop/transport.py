@@ -29,11 +29,12 @@ _TARGET = "torchleaf_call"
 
 
 def lower(ctx: mlir.LoweringRuleContext, *operands: Any, call: TorchCall, repeats: bool) -> Any:
-    """MLIR lowering of one torch call, in a program that `repeats` it. The executable keeps the callable alive."""
+    """MLIR lowering of one torch call. The executable of a program that `repeats` it keeps it alive."""
     _Forks.refuse()
     call.prepare()
     threads.settle()
-    ctx.module_context.add_keepalive(call)
+    if repeats:
+        ctx.module_context.add_keepalive(call)
     platforms = set(ctx.module_context.platforms)
     carry = _ffi_call if platforms <= _registered_platforms() else _host_call
     carry = functools.partial(carry, repeats=repeats)
@@ -143,12 +144,12 @@ def _warn_about_callback(platform: str) -> None:
 
 def _host_call(call: TorchCall, *operands: jax.Array, repeats: bool) -> list[jax.Array]:
     _warn_about_callback(jax.default_backend())
-    result_avals = tuple(part_avals(call.out_avals))
+    result_avals, number = tuple(part_avals(call.out_avals)), program_of(call, repeats=repeats).number
 
     def host(*arrays: Any) -> tuple[np.ndarray, ...]:
         tensors = [_from_numpy(np.asarray(a)) for a in arrays]
         results = [torch.empty(a.shape, dtype=dtypes.to_torch_dtype(a.dtype)) for a in result_avals]
-        run_program(program_of(call, repeats=repeats).number, *tensors, *results)
+        run_program(number, *tensors, *results)
         return tuple(_to_numpy(t, a.dtype) for t, a in zip(results, result_avals, strict=True))
 
     return _join(call.out_avals, jax.pure_callback(host, result_avals, *_parts(operands)))

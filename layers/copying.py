@@ -64,7 +64,7 @@ class Copier:
                 for part in self._parts:
                     if isinstance(part, torch.jit.ScriptModule):
                         self.copy(part)
-                blank = [part for part in self._parts if id(part) not in self.memo and _is_plain(type(part))]
+                blank = [part for part in self._parts if id(part) not in self.memo and is_plain(type(part))]
                 self.memo |= {id(part): type(part).__new__(type(part)) for part in blank}
                 for part in reversed(blank):  # inner ones first: classes with a way of their own look into them
                     self._fill(part, self.memo[id(part)])
@@ -152,7 +152,7 @@ class Copier:
 
     def _unregistered(self, module: torch.nn.Module) -> torch.nn.Module:
         """A module that is no part: in a list or a closure."""
-        if not _is_plain(type(module)):
+        if not is_plain(type(module)):
             return self._foreign(module)
         blank = self._remember(module, type(module).__new__(type(module)))
         self._fill(module, blank)
@@ -319,11 +319,11 @@ def _copier_of(cls: type) -> Callable[[Copier, Any], Any]:
             return copier
     if issubclass(cls, tuple) and hasattr(cls, "_make") and not hasattr(cls, "__deepcopy__"):
         return Copier._tuple
-    return Copier._object if _is_plain(cls) else Copier._foreign
+    return Copier._object if is_plain(cls) else Copier._foreign
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_plain(cls: type) -> bool:
+def is_plain(cls: type) -> bool:
     """Whether `copy.deepcopy` would make an empty instance of the class and fill its namespace."""
     plain = not hasattr(cls, "__deepcopy__") and cls.__reduce_ex__ is object.__reduce_ex__
     plain &= cls.__reduce__ is object.__reduce__ and not hasattr(cls, "__getnewargs__")

@@ -5,14 +5,12 @@ tensors in their place as `torch.func.functional_call` does, in a copy that no o
 """
 
 import sys
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import torch
-from torch.nn.parameter import is_lazy
 
 from ..interop import dtypes
 from ..interop.aten import storage_of
@@ -21,6 +19,7 @@ from ..interop.errors import StateError
 from ..interop.function import check_options
 from ..interop.random import PASS_A_KEY
 from ..interop.signature import signature_of
+from .admission import check_module, computes_in_double
 from .copying import copy_replacing
 from .module_function import ModuleFunction, Weights
 from .originals import Originals
@@ -62,12 +61,11 @@ class FunctionalModule:
         channels_last: bool = False,
         **options: Any,
     ):
-        _check_module(module)
-        _warn_of_compilation_in_place(module)
+        check_module(module)
         check_options(options["vmap_method"], options["residuals"])
-        self.name = type(module).__name__
-        self.training = is_training(module)
         weights = named_tensors(module)
+        self.name = type(module).__name__
+        self.training, self.computes_in_double = is_training(module), computes_in_double(weights)
         self.specs = {name: Spec(_kind(t), tuple(t.shape), t.dtype) for name, t in weights}
         self._options, self.remedy, self.key_remedy, self.channels_last = options, remedy, key_remedy, channels_last
         found = StandIns(weights)
@@ -175,39 +173,3 @@ def _kind(tensor: torch.Tensor) -> Kind:
 def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
     meta = torch.empty_like(tensor, device="meta", requires_grad=False)
     return torch.nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else meta
-
-
-def _check_module(module: Any) -> None:
-    if not isinstance(module, torch.nn.Module):
-        hint = " (a class: pass an instance)" if isinstance(module, type) else ""
-        raise TypeError(f"TorchModule: module must be a torch.nn.Module, got {type(module).__name__}{hint}.")
-    for name, tensor in named_tensors(module):
-        if is_lazy(tensor):
-            raise TypeError(
-                f"TorchModule: {type(module).__name__}.{name} is uninitialised (a lazy module). Run the torch module "
-                "once on an example input before wrapping it."
-            )
-        if not tensor.is_leaf:
-            raise TypeError(
-                f"TorchModule: buffer {type(module).__name__}.{name} has a graph: it was computed from parameters, by "
-                "which gradients would have to flow, as they do through no buffer. Compute it in `forward`, or detach "
-                f"it: `module.{name} = module.{name}.detach()`."
-            )
-        if dtypes.canonical(tensor.dtype) != dtypes.to_jax_dtype(tensor.dtype) and not _is_integer(tensor.dtype):
-            raise TypeError(
-                f"TorchModule: {type(module).__name__}.{name} is {tensor.dtype}, which JAX has only with "
-                "`jax.config.update('jax_enable_x64', True)`. Enable it, or wrap `module.float()`."
-            )
-
-
-def _warn_of_compilation_in_place(module: torch.nn.Module) -> None:
-    if any(part._compiled_call_impl is not None for part in module.modules()):
-        warnings.warn(
-            f"TorchModule: {type(module).__name__} or a part of it was compiled in place (`module.compile()`), which "
-            "torch does not carry over to a copy: it will run uncompiled. Wrap `torch.compile(module)` instead.",
-            stacklevel=4,
-        )
-
-
-def _is_integer(dtype: torch.dtype) -> bool:
-    return not (dtype.is_floating_point or dtype.is_complex)

@@ -166,7 +166,10 @@ class ModuleFunction(TorchFunction):
             s.dtype if a.dtype == dtypes.canonical(s.dtype) else dtypes.to_torch_dtype(a.dtype)
             for a, s in zip(avals, specs, strict=False)
         ]
-        return restored + super().operand_dtypes(avals[len(specs) :])
+        given = super().operand_dtypes(avals[len(specs) :])
+        if self._module.computes_in_double:  # which JAX may lack, as it lacks int64
+            given = [_DOUBLE.get(dtype, dtype) for dtype in given]
+        return restored + given
 
     def check(self, found: Trace, *, stateful: bool) -> None:
         if found.state and found.fakeable and not stateful:
@@ -195,6 +198,9 @@ class ModuleFunction(TorchFunction):
                     f"{spec.shape}. A stacked model is called under vmap over its leaves, e.g. "
                     "`eqx.filter_vmap(lambda m, x: m(x), in_axes=(eqx.if_array(0), None))(model, x)`."
                 )
+
+
+_DOUBLE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 
 def _innermost_submodule(module: torch.nn.Module, exc: BaseException) -> str | None:

@@ -102,6 +102,9 @@ class SkeletonPool:
         self._shared = {t: t for t in (*(t for _, t in named_tensors(skeleton)), *(stand_ins or ()))}
         self._aliases = {meta: s.alias for meta, s in (stand_ins or {}).items() if s.alias is not None}
         self._original = in_mode(Copier(skeleton, self._shared).copied(), training=training)
+        for part in self._original.modules():
+            if isinstance(part, torch.nn.Embedding | torch.nn.EmbeddingBag):
+                part.sparse = False  # JAX's gradients are dense
         self._free: collections.deque[Skeleton] = collections.deque()
 
     def borrow(self) -> Skeleton:
