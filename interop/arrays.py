@@ -70,8 +70,14 @@ def to_torch(tree: PyTree, *, copy: bool = False) -> PyTree:
     return jax.tree.unflatten(treedef, converted)
 
 
-def tensor_to_jax(tensor: torch.Tensor, *, copy: bool = False, name: str = "the tensor") -> jax.Array:
-    """`to_jax` of one tensor; `name` is how errors call it."""
+def tensor_to_jax(
+    tensor: torch.Tensor, *, copy: bool = False, name: str = "the tensor", committed: bool = True
+) -> jax.Array:
+    """`to_jax` of one tensor; `name` is how errors call it.
+
+    DLPack commits an array to the tensor's device. With `committed=False` it is like an initialiser's, wherever that
+    does not cost the sharing of memory: on JAX's default device, and free to follow what it is computed with.
+    """
     if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
         raise TypeError(
             f"to_jax: {name} is a {'meta' if tensor.device.type == 'meta' else 'fake'} tensor of "
@@ -92,7 +98,23 @@ def tensor_to_jax(tensor: torch.Tensor, *, copy: bool = False, name: str = "the 
         tensor, copy = tensor.to(dtypes.to_torch_dtype(wanted)), False
     if copy or not _is_dense(tensor):
         tensor = tensor.clone(memory_format=torch.contiguous_format)
-    return jax.dlpack.from_dlpack(tensor)
+    return jax.dlpack.from_dlpack(tensor) if committed or not tensor.is_cpu else _uncommitted(tensor)
+
+
+def _uncommitted(tensor: torch.Tensor) -> jax.Array:
+    dtype = dtypes.to_jax_dtype(tensor.dtype)
+    is_native = tensor.dtype == torch.bool or tensor.is_complex()  # NumPy has these, and no bfloat16
+    bits = tensor if is_native else tensor.view(getattr(torch, f"uint{8 * tensor.itemsize}"))
+    with jax.ensure_compile_time_eval():
+        array = jax.device_put(bits.numpy().view(dtype))
+    if not tensor.numel() or jax.default_backend() != "cpu" or _shares(array, tensor):
+        return array
+    view = jax.dlpack.from_dlpack(tensor)
+    return view if _shares(view, tensor) else array
+
+
+def _shares(array: jax.Array, tensor: torch.Tensor) -> bool:
+    return array.addressable_data(0).unsafe_buffer_pointer() == tensor.data_ptr()
 
 
 def array_to_torch(array: jax.Array, *, copy: bool = False, name: str = "the array") -> torch.Tensor:

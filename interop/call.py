@@ -164,6 +164,7 @@ class Base(TorchCall):
     - `trainable`: operands that are parameters of a module.
     - `differentiates`: whether those must require gradients in any case: `function` differentiates by them itself.
     - `checkpoints`: whether it uses `torch.utils.checkpoint`, and of which kind.
+    - `is_loose`: whether torch's autograd has to differentiate each call by itself, without `torch.func`.
 
     Two facts are found when it is first differentiated (`hidden_writes.py`): `reenters`, whether its backward pass runs
     a part of the module again (`scope.py`), and `has_sparse_gradients`, which torch cannot batch.
@@ -189,6 +190,7 @@ class Base(TorchCall):
         trainable: tuple[int, ...],
         differentiates: bool,
         checkpoints: Checkpoints,
+        is_loose: bool,
         fused_kernels: frozenset[str],
         forward_mode: bool,
         vmap_method: VmapMethod,
@@ -204,6 +206,7 @@ class Base(TorchCall):
         self.buffers, self.foreign = buffers, foreign
         self._trainable, self._differentiates = trainable, differentiates
         self.checkpoints, self.reenters, self.has_sparse_gradients = checkpoints, checkpoints == "kept", False
+        self._is_loose = is_loose
         self.forward_mode, self.vmap_method, self.residuals = forward_mode, vmap_method, residuals
         self.wants_replay = replay
         self.warned = False  # about falling back to a loop
@@ -231,8 +234,8 @@ class Base(TorchCall):
 
     @property
     def is_loose(self) -> bool:
-        """Whether torch's autograd has to differentiate each call by itself."""
-        return self.reenters or self.has_sparse_gradients
+        """Whether torch's autograd has to differentiate each call by itself, without `torch.func`."""
+        return self._is_loose or self.reenters or self.has_sparse_gradients
 
     @property
     def recordable(self) -> bool:

@@ -180,6 +180,8 @@ class TorchFunction:
     """Operands whose new values a stateful caller keeps."""
     trainable_operands: tuple[int, ...] = ()
     """Operands that are parameters, which require gradients in torch."""
+    is_loose = False
+    """Whether torch's autograd has to differentiate each call by itself, as where gradients have hooks."""
     key_remedy = PASS_A_KEY
     """What to do where random numbers are drawn without a key."""
 
@@ -248,6 +250,7 @@ class TorchFunction:
             name=self.name,
             buffers=self.state_operands,
             trainable=self.trainable_operands,
+            is_loose=self.is_loose,
             foreign=traced.foreign,
             **self._options,
         )

@@ -30,12 +30,27 @@ def _check_weight(shown: str, name: str, tensor: torch.Tensor) -> None:
             f"TorchModule: {shown} is uninitialised (a lazy module). Run the torch module once on an example input "
             "before wrapping it."
         )
+    if getattr(tensor, "_post_accumulate_grad_hooks", None):
+        raise TypeError(
+            f"TorchModule: {shown} has a hook that torch calls when it has accumulated `.grad` "
+            "(`register_post_accumulate_grad_hook`); JAX has no such attribute. Remove it; a hook of the gradient "
+            "itself is `register_hook`."
+        )
+    if type(tensor) not in _PLAIN and type(tensor).__torch_function__ is not _PLAIN[0].__torch_function__:
+        raise TypeError(
+            f"TorchModule: {shown} is a {type(tensor).__name__}, a tensor with operations of its own, which the arrays "
+            "of a call have not. Make it a plain one, and do what it does in `forward`: "
+            f"`module.{name} = torch.nn.Parameter(module.{name}.as_subclass(torch.Tensor).detach())`."
+        )
     if not tensor.is_leaf:
         raise TypeError(
             f"TorchModule: buffer {shown} has a graph: it was computed from parameters, by which gradients would have "
             "to flow, as they do through no buffer. Compute it in `forward`, or detach it: "
             f"`module.{name} = module.{name}.detach()`."
         )
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 def computes_in_double(weights: Sequence[tuple[str, torch.Tensor]]) -> bool:

@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from ..interop.call import Residuals, VmapMethod
 from ..interop.errors import StateError
+from .fingerprint import Same
 from .functional_module import FunctionalModule
 from .weights import Held, held
 
@@ -18,6 +19,44 @@ _REMEDY = (
     "`(output, state)`; or use evaluation mode (`eqx.nn.inference_mode(model)`, or `module.eval()` before wrapping), "
     "in which layers like BatchNorm do not update."
 )
+
+
+class _Mark:
+    """Equals every other: what it marks does not make two models different."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Mark)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class _Unbound(eqx.nn.StateIndex):
+    """Holds the buffers of a model that `make_with_state` has not seen, which puts a plain `StateIndex` in its place.
+
+    A plain one has a mark of its own until then, so that no two networks would be of one structure. This one's is, as
+    part of the structure, like every other; a `State` that asks for it gets one that equals itself alone.
+    """
+
+    def __init__(self, init: dict[str, Array]):
+        self.marker, self.init = _Mark(), init
+
+    @property
+    def marker(self) -> Same:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return Same(vars(self)["marker"])
+
+    @marker.setter
+    def marker(self, value: Any) -> None:
+        vars(self)["marker"] = value
+
+
+def _key(index: eqx.nn.StateIndex[Any]) -> eqx.nn.StateIndex[Any]:
+    """An index as a `State` takes it."""
+    if not isinstance(index, _Unbound):
+        return index
+    plain = eqx.nn.StateIndex(None)
+    object.__setattr__(plain, "marker", index.marker)
+    return plain
 
 
 class TorchModule(eqx.nn.StatefulLayer):
@@ -90,7 +129,7 @@ class TorchModule(eqx.nn.StatefulLayer):
         )
         leaves = self.module.leaves(module, copy=copy)
         self.params, self.frozen = leaves["params"], leaves["frozen"]
-        self.buffer_index = eqx.nn.StateIndex(leaves["buffers"]) if leaves["buffers"] else None
+        self.buffer_index = _Unbound(leaves["buffers"]) if leaves["buffers"] else None
         self.inference = not module.training
 
     @property
@@ -161,7 +200,7 @@ class TorchModule(eqx.nn.StatefulLayer):
         if state is None or self.buffer_index is None:
             return self.buffers
         try:
-            buffers = state.get(self.buffer_index)
+            buffers = state.get(_key(self.buffer_index))
         except KeyError:
             buffers = {}
         if not self.module.fits("buffers", buffers):
@@ -175,16 +214,18 @@ class TorchModule(eqx.nn.StatefulLayer):
         """A state in which some of torch's buffers, by name, have new values."""
         if self.buffer_index is None or not changed:
             return state
-        return state.set(self.buffer_index, {**state.get(self.buffer_index), **changed})
+        index = _key(self.buffer_index)
+        return state.set(index, {**state.get(index), **changed})
 
 
 @held.register
 def _(model: TorchModule, state: eqx.nn.State | None) -> Held:
     buffers = model.buffers_in(state)
 
-    def replace(weights: dict[str, Array]) -> Any:
+    def replace(weights: dict[str, Array], module: FunctionalModule) -> Any:
         params, frozen, new_buffers = ({k: weights[k] for k in old} for old in (model.params, model.frozen, buffers))
         new = eqx.tree_at(lambda m: (m.params, m.frozen), model, (params, frozen))
+        object.__setattr__(new, "module", module)
         if state is not None:
             return new, new.with_buffers(state, new_buffers)
         return eqx.tree_at(lambda m: m.buffers, new, new_buffers)

@@ -52,8 +52,8 @@ def stack(models: Sequence[Model]) -> Model:
     """
     if not models:
         raise ValueError("stack: models is empty; give at least one model.")
-    flat = [jax.tree.flatten(m, is_leaf=_is_torch_module) for m in models]
-    leaves, treedefs = zip(*flat, strict=True)
+    _check_parts(models)
+    leaves, treedefs = zip(*map(jax.tree.flatten, models), strict=True)
     for i, treedef in enumerate(treedefs):
         if treedef != treedefs[0]:
             raise ValueError(f"stack: models[{i}] has structure {treedef}, but models[0] has {treedefs[0]}.")
@@ -62,15 +62,6 @@ def stack(models: Sequence[Model]) -> Model:
 
 def _stack_leaf(column: Sequence[Any]) -> Any:
     first = column[0]
-    if isinstance(first, TorchModule):
-        for i, other in enumerate(column):
-            if not isinstance(other, TorchModule) or not first.module.same_structure(other.module):
-                raise ValueError(
-                    f"stack: the torch module of models[{i}] differs from that of models[0]: {other} and {first}."
-                )
-        # The treedefs differ by their skeletons alone; the first one stands for all.
-        rows, treedef = zip(*(jax.tree.leaves(m) for m in column), strict=True), jax.tree.structure(first)
-        return jax.tree.unflatten(treedef, [_stack_leaf(row) for row in rows])
     if eqx.is_array(first):
         shapes = {x.shape for x in column}
         if len(shapes) > 1:
@@ -79,6 +70,17 @@ def _stack_leaf(column: Sequence[Any]) -> Any:
     if any(x != first for x in column):
         raise ValueError(f"stack: static leaves differ: {column}.")
     return first
+
+
+def _check_parts(models: Sequence[Any]) -> None:
+    """Say which torch modules differ, which the structures of whole models would say at length."""
+    parts = [[x for x in jax.tree.leaves(m, is_leaf=_is_torch_module) if _is_torch_module(x)] for m in models]
+    for i, others in enumerate(parts):
+        for first, other in zip(parts[0], others, strict=False):
+            if first.module != other.module:
+                raise ValueError(
+                    f"stack: the torch module of models[{i}] differs from that of models[0]: {other} and {first}."
+                )
 
 
 def _is_torch_module(node: Any) -> bool:

@@ -1,26 +1,29 @@
 """A `torch.nn.Module` taken apart: its weights as a flat dict of arrays, the rest as a skeleton.
 
-The skeleton is a copy of the module whose parameters and buffers lie on the meta device. A call puts
-tensors in their place as `torch.func.functional_call` does, in a copy that no other thread is using.
+The skeleton is a copy of the module whose parameters and buffers lie on the meta device. A call puts tensors in their
+place as `torch.func.functional_call` does, in a copy that no other thread is using.
 """
 
 import sys
-from collections.abc import Mapping
+import threading
+import weakref
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import torch
 
-from ..interop import dtypes
-from ..interop.aten import storage_of
 from ..interop.arrays import tensor_to_jax
+from ..interop.aten import storage_of
 from ..interop.errors import StateError
 from ..interop.function import check_options
 from ..interop.random import PASS_A_KEY
 from ..interop.signature import signature_of
 from .admission import check_module, computes_in_double
-from .copying import copy_replacing
+from .copying import Copier
+from .fingerprint import fingerprint
+from .gradient_hooks import copy_hooks, register_hooks
 from .module_function import ModuleFunction, Weights
 from .originals import Originals
 from .places import StandIns
@@ -41,7 +44,7 @@ class Spec:
 class FunctionalModule:
     """The static part of a torch module: code, hyperparameters and weight specs, no weights.
 
-    Compared and hashed by identity.
+    Two are equal if their modules are built alike (`fingerprint.py`); then they share their traces, too.
 
     **Arguments:**
 
@@ -67,11 +70,19 @@ class FunctionalModule:
         self.name = type(module).__name__
         self.training, self.computes_in_double = is_training(module), computes_in_double(weights)
         self.specs = {name: Spec(_kind(t), tuple(t.shape), t.dtype) for name, t in weights}
-        self._options, self.remedy, self.key_remedy, self.channels_last = options, remedy, key_remedy, channels_last
+        self.options, self.remedy, self.key_remedy, self.channels_last = options, remedy, key_remedy, channels_last
         found = StandIns(weights)
-        self.skeleton = copy_replacing(module, {t: _on_meta(t) for _, t in weights}, found.of)
+        copier = Copier(module, {t: _on_meta(t) for _, t in weights}, found.of)
+        self.skeleton = copier.copied()
+        copy_hooks(weights, self.skeleton, copier)
         self.stand_ins, self.originals = found.made, Originals(weights)
         _prepare(self.skeleton)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Be as one that was never called or compared."""
+        self._lock = threading.RLock()
+        self._equal: FunctionalModule | None = None
         self._functions: dict[tuple[str, bool], ModuleFunction] = {}
         self._arguments: dict[str, frozenset[str]] = {}
         self._pools: dict[bool, SkeletonPool] = {}
@@ -79,8 +90,49 @@ class FunctionalModule:
     def __repr__(self) -> str:
         return f"<{self.name}>"
 
+    # --- as a static value of JAX --------------------------------------------------------------------
+
+    @property
+    def canonical(self) -> "FunctionalModule":
+        """The first of those that equal this one; it has the functions of them all."""
+        if self._equal is None:
+            with self._lock:
+                self._equal = self._equal or self._find_equal()
+        return self._equal
+
+    def _find_equal(self) -> "FunctionalModule":
+        code = fingerprint(self.skeleton, dict(named_tensors(self.skeleton)), self.stand_ins)
+        rest = (self.name, self.remedy, self.key_remedy, self.channels_last, *_option_keys(self.options))
+        with _canonical_lock:
+            found = _canonical.setdefault((code, tuple(self.specs.items()), rest), self)
+        if found is not self:
+            found.originals.add(self.originals)
+            self.skeleton, self.stand_ins = found.skeleton, found.stand_ins
+        return found
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FunctionalModule) and self.canonical is other.canonical
+
+    def __hash__(self) -> int:
+        return id(self.canonical)
+
+    def __deepcopy__(self, memo: Any) -> "FunctionalModule":
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in _OF_A_PROCESS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.originals = Originals([])
+        self._forget()
+
+    # --- as functions --------------------------------------------------------------------------------
+
     def function(self, method: str, inference: bool) -> ModuleFunction:
         """The module's `method` as a JAX function of weights and arguments."""
+        if self.canonical is not self:
+            return self.canonical.function(method, inference)
         key = (method, inference)
         if key not in self._functions:
             if not callable(getattr(self.skeleton, method, None)):
@@ -98,6 +150,22 @@ class FunctionalModule:
             self._arguments[method] = frozenset(signature.parameters if signature else ())
         return self._arguments[method]
 
+    def foreign(self) -> dict[int, str]:
+        """Storages that no call may read, each with the weight that it is of, or the attribute."""
+        metas = {meta: stand_in.name for meta, stand_in in self.stand_ins.items()}
+        metas |= {meta: name for name, meta in named_tensors(self.skeleton)}
+        return {**self.originals.named(), **{storage_of(meta): name for meta, name in metas.items()}}
+
+    def lost_attribute(self, name: str, attribute: str) -> StateError:
+        """The error for an attribute that the forward changes."""
+        return StateError(
+            f"{name} changes attribute `{attribute}` in its forward pass, which a pure function would silently lose. "
+            "Make it a buffer (`register_buffer`) if it is state; if the module prepares itself on its first call, "
+            "call it once before wrapping it."
+        )
+
+    # --- weights -------------------------------------------------------------------------------------
+
     def fits(self, kind: Kind, leaves: Mapping[str, Any]) -> bool:
         """Whether leaves are, by names and shapes, the weights of one kind, or several such stacked."""
         shapes = {name: spec.shape for name, spec in self.specs.items() if spec.kind == kind}
@@ -109,50 +177,39 @@ class FunctionalModule:
         """The weights of `module` as jax arrays, by kind and torch name: views where JAX can view them."""
         leaves: dict[Kind, dict[str, jax.Array]] = {"params": {}, "frozen": {}, "buffers": {}}
         for name, tensor in named_tensors(module):
-            leaves[self.specs[name].kind][name] = tensor_to_jax(tensor, copy=copy, name=f"{self.name}.{name}")
+            leaf = tensor_to_jax(tensor, copy=copy, name=f"{self.name}.{name}", committed=False)
+            leaves[self.specs[name].kind][name] = leaf
         return leaves
-
-    def state_names(self) -> dict[str, str]:
-        """torch's state dict names, in its order, with the leaf behind each: tied weights share one."""
-        leaf_of = {id(t): name for name, t in named_tensors(self.skeleton)}
-        return {
-            name: leaf_of[id(t)] for name, t in self.skeleton.state_dict(keep_vars=True).items() if id(t) in leaf_of
-        }
-
-    def foreign(self) -> dict[int, str]:
-        """Storages that no call may read, each with the weight that it is of, or the attribute."""
-        metas = {meta: stand_in.name for meta, stand_in in self.stand_ins.items()}
-        metas |= {meta: name for name, meta in named_tensors(self.skeleton)}
-        return {**self.originals.named(), **{storage_of(meta): name for meta, name in metas.items()}}
 
     def with_weights(self, weights: Weights, *, training: bool) -> torch.nn.Module:
         """A plain torch module carrying `weights`, in training or evaluation mode."""
-        replacements = {}
-        for name, meta in named_tensors(self.skeleton):
-            is_parameter = isinstance(meta, torch.nn.Parameter)
-            tensor = weights[name]
-            replacements[meta] = torch.nn.Parameter(tensor, meta.requires_grad) if is_parameter else tensor
-        given = {name: replacements[meta] for name, meta in named_tensors(self.skeleton)}
+        metas = named_tensors(self.skeleton)
+        given = {name: _like(meta, weights[name]) for name, meta in metas}
+        replacements = {meta: given[name] for name, meta in metas}
         for meta, stand_in in self.stand_ins.items():
             alias = stand_in.alias
             replacements[meta] = stand_in.value if alias is None else alias.of(given[alias.weight])
-        return in_mode(copy_replacing(self.skeleton, replacements), training=training)
+        module = in_mode(Copier(self.skeleton, replacements).copied(), training=training)
+        register_hooks(module, given)
+        return module
 
-    def lost_attribute(self, name: str, attribute: str) -> StateError:
-        """The error for an attribute that the forward changes."""
-        return StateError(
-            f"{name} changes attribute `{attribute}` in its forward pass, which a pure function would silently lose. "
-            "Make it a buffer (`register_buffer`) if it is state; if the module prepares itself on its first call, "
-            "call it once before wrapping it."
-        )
+    def of_module(self, module: torch.nn.Module) -> "FunctionalModule":
+        """Another module, with the same options; this one, if that is built alike."""
+        kept = {"remedy": self.remedy, "key_remedy": self.key_remedy, "channels_last": self.channels_last}
+        other = FunctionalModule(module, **kept, **self.options)
+        return self if other == self else other
 
-    def same_structure(self, other: "FunctionalModule") -> bool:
-        """Whether both compute the same function of their weights, as far as torch prints them."""
-        return (
-            self.specs == other.specs
-            and self._options == other._options
-            and repr(self.skeleton) == repr(other.skeleton)
-        )
+
+_OF_A_PROCESS = ("_lock", "_equal", "_functions", "_arguments", "_pools", "originals")
+_canonical: "weakref.WeakValueDictionary[Hashable, FunctionalModule]" = weakref.WeakValueDictionary()
+_canonical_lock = threading.Lock()
+
+
+def _option_keys(options: Mapping[str, Any]) -> tuple[Hashable, ...]:
+    """Options as parts of a key: `out_shape` is a pytree."""
+    leaves, treedef = jax.tree.flatten(options.get("out_shape"))
+    others = (value for name, value in sorted(options.items()) if name != "out_shape")
+    return *others, treedef, *((tuple(x.shape), str(x.dtype)) for x in leaves)
 
 
 def _prepare(skeleton: torch.nn.Module) -> None:
@@ -171,5 +228,10 @@ def _kind(tensor: torch.Tensor) -> Kind:
 
 
 def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
-    meta = torch.empty_like(tensor, device="meta", requires_grad=False)
-    return torch.nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else meta
+    return _like(tensor, torch.empty_like(tensor, device="meta", requires_grad=False))
+
+
+def _like(weight: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as a parameter, if the weight is one."""
+    is_parameter = isinstance(weight, torch.nn.Parameter)
+    return torch.nn.Parameter(tensor, weight.requires_grad) if is_parameter else tensor

@@ -254,7 +254,13 @@ def _(model: TorchModule, state: Mapping[str, Any] | None) -> Held:
                 "`{col: tree['encoder'] for col, tree in variables.items()}` if it is a submodule `encoder`."
             )
 
-    def replace(weights: dict[str, jax.Array]) -> Any:
+    def replace(weights: dict[str, jax.Array], module: FunctionalModule) -> Any:
+        if module is not model.made.module:
+            raise ValueError(
+                f"load_state_dict: the state dict gives {module.name} another extra state (`set_extra_state`), which "
+                "is no variable of Linen's. Load it into the torch module, `module.load_state_dict(state_dict)`, and "
+                "wrap that."
+            )
         new = {place[name]: meta.replace_boxed(flat[place[name]], x) for name, x in weights.items()}
         nested = unflatten_dict({**flat, **new})
         return freeze(nested) if isinstance(variables, FrozenDict) else nested

@@ -16,6 +16,7 @@ from ..interop.scope import current as current_scope
 from ..interop.trace import Flat, Trace
 from .attributes import attribute_changes, attribute_values, put_back, stray_tensors
 from .channels import to_flax_layout, to_torch_layout
+from .gradient_hooks import hooks_of
 from .originals import refuse_foreign
 from .skeleton import Skeleton, SkeletonLoan, SkeletonPool
 
@@ -33,10 +34,10 @@ class ModuleFunction(TorchFunction):
         self._names = sorted(module.specs)
         self.state_operands = tuple(i for i, name in enumerate(self._names) if module.specs[name].kind == "buffers")
         self.trainable_operands = tuple(i for i, n in enumerate(self._names) if module.specs[n].kind == "params")
-        self.key_remedy = module.key_remedy
+        self.key_remedy, self.is_loose = module.key_remedy, bool(hooks_of(module.skeleton))
         self._assigned: set[tuple[str, str]] = set()
         name = module.name if method == "forward" else f"{module.name}.{method}"
-        super().__init__(getattr(module.skeleton, method), name=name, **module._options)
+        super().__init__(getattr(module.skeleton, method), name=name, **module.options)
 
     def call(
         self, weights: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, key: Any, stateful: bool
@@ -73,7 +74,7 @@ class ModuleFunction(TorchFunction):
             try:
                 output = self._run(skeleton.module)(*args, **kwargs)
             finally:
-                replaced = skeleton.unload(weights)
+                replaced = skeleton.unload()
                 put_back(before)
                 if scope is None:
                     pool.give_back(skeleton)
@@ -128,7 +129,7 @@ class ModuleFunction(TorchFunction):
             except RandomnessError as exc:
                 where = _innermost_submodule(module, exc)
                 raise RandomnessError(f"{exc} It was drawn in {where}.") if where else exc from None
-            replaced = skeleton.unload(weights)
+            replaced = skeleton.unload()
             if not replaced.keys() <= {*self.state_operands}:
                 self._refuse_changes(replaced)
             attribute = next(stray_tensors(module, aliasing=inputs), None)

@@ -194,6 +194,12 @@ class _Torch:
     def __deepcopy__(self, memo: Any) -> "_Torch":
         return self
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Torch) and self.module == other.module
+
+    def __hash__(self) -> int:
+        return hash(self.module)
+
     def variables(self, model: TorchModule) -> dict[str, nnx.Variable]:
         """The Variables of a model, by torch name."""
         found = {}
@@ -292,9 +298,11 @@ def _(model: TorchModule, state: Any) -> Held:
         raise TypeError("state: an NNX model holds its state itself; leave the argument out.")
     variables = model._torch.variables(model)
 
-    def replace(weights: dict[str, Array]) -> TorchModule:
+    def replace(weights: dict[str, Array], module: FunctionalModule) -> TorchModule:
         for name, variable in variables.items():
             variable.set_value(weights[name])
+        if module is not model._torch.module:
+            model._torch = _Torch(module)
         return model
 
     weights = {name: jnp.asarray(v.get_value()) for name, v in variables.items()}  # msgpack restores NumPy arrays

@@ -28,6 +28,10 @@ class Originals:
             if (address := storage_of(tensor))
         }
 
+    def add(self, other: "Originals") -> None:
+        """Know those of an equal module as well."""
+        self._storages |= other._storages
+
     def named(self) -> dict[int, str]:
         """The names of those that are alive, by storage."""
         self._storages = {a: held for a, held in self._storages.items() if not held[0].expired()}

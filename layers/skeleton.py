@@ -9,6 +9,7 @@ import torch
 from ..interop.scope import Loan
 from .attributes import Values, put_back
 from .copying import Copier
+from .gradient_hooks import hooked, hooks_of
 from .places import Alias, Place, StandIn, scattered
 from .scripted import ScriptSlots
 
@@ -22,7 +23,6 @@ class Skeleton:
     **Arguments:**
 
     - `module`: without weights; meta tensors are in their places.
-    - `weights`: those meta tensors.
     - `aliases`: meta tensors in the place of views of weights.
     - `is_scattered`: whether weights may be in other places than modules have for them.
     """
@@ -30,13 +30,14 @@ class Skeleton:
     def __init__(
         self,
         module: torch.nn.Module,
-        weights: Sequence[torch.Tensor],
         aliases: Mapping[torch.Tensor, Alias] | None = None,
         *,
         is_scattered: bool = False,
     ):
-        self.module, self._weights = module, weights
-        index = {id(w): i for i, w in enumerate(weights)}
+        self.module, weights = module, sorted(named_tensors(module))
+        self._weights = [tensor for _, tensor in weights]
+        self._loaded: Sequence[torch.Tensor] = self._weights
+        index = {id(w): i for i, w in enumerate(self._weights)}
         self._places: list[Place] = [
             (index[id(tensor)], ScriptSlots(part) if isinstance(part, torch.jit.ScriptModule) else namespace, name)
             for part in module.modules()
@@ -44,18 +45,21 @@ class Skeleton:
             for name, tensor in namespace.items()
             if tensor is not None
         ]
+        hooks = hooks_of(module)
+        self._hooks = {i: hooks[name] for i, (name, _) in enumerate(weights) if name in hooks}
         self._others: list[Place] = []
         self._aliases: list[tuple[int, Alias, torch.Tensor, Any, Any]] = []
         if is_scattered:
-            self._find_others(index, aliases or {})
-
-    def _find_others(self, index: dict[int, int], aliases: Mapping[torch.Tensor, Alias]) -> None:
-        number_of = {name: index[id(tensor)] for name, tensor in named_tensors(self.module)}
-        self._others, found = scattered(self.module, index, {id(meta): alias for meta, alias in aliases.items()})
-        self._aliases = [(number_of[alias.weight], alias, *place) for alias, *place in found]
+            number_of = {name: i for i, (name, _) in enumerate(weights)}
+            by_id = {id(meta): alias for meta, alias in (aliases or {}).items()}
+            self._others, found = scattered(module, index, by_id)
+            self._aliases = [(number_of[alias.weight], alias, *place) for alias, *place in found]
 
     def load(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Put tensors in the places of the weights."""
+        """Put tensors in the places of the weights, sorted by name."""
+        if self._hooks:
+            tensors = [hooked(x, self._hooks[i]) if i in self._hooks else x for i, x in enumerate(tensors)]
+        self._loaded = tensors
         for i, namespace, name in self._places:
             namespace[name] = tensors[i]
         for i, holder, key in self._others:
@@ -63,21 +67,22 @@ class Skeleton:
         for i, alias, _, holder, key in self._aliases:
             holder[key] = alias.of(tensors[i])
 
-    def unload(self, tensors: Sequence[torch.Tensor]) -> dict[int, Any]:
+    def unload(self) -> dict[int, Any]:
         """Take the tensors out; what the forward put in the places of others, by number of the weight."""
         replaced: dict[int, Any] = {}
         for i, namespace, name in self._places:
             found = namespace.get(name)
-            if found is not tensors[i]:
+            if found is not self._loaded[i]:
                 replaced[i] = found
             namespace[name] = self._weights[i]
         for i, holder, key in self._others:
-            if _present(holder, key, tensors[i]) is not tensors[i]:
+            if _present(holder, key, self._loaded[i]) is not self._loaded[i]:
                 replaced.setdefault(i, None)
             else:
                 holder[key] = self._weights[i]
         for _, _, meta, holder, key in self._aliases:
             holder[key] = meta
+        self._loaded = self._weights
         return replaced
 
     def reset(self) -> None:
@@ -113,9 +118,7 @@ class SkeletonPool:
             return self._free.pop()
         except IndexError:
             copier = Copier(self._original, self._shared)
-            module = copier.copied()
-            weights = [tensor for _, tensor in sorted(named_tensors(module))]
-            return Skeleton(module, weights, self._aliases, is_scattered=copier.is_scattered)
+            return Skeleton(copier.copied(), self._aliases, is_scattered=copier.is_scattered)
 
     def give_back(self, skeleton: Skeleton) -> None:
         """Return a skeleton after the call."""
@@ -140,7 +143,7 @@ class SkeletonLoan(Loan):
 
     def empty(self) -> None:
         """Take them out, and what the backward pass left behind."""
-        self.skeleton.unload(self.tensors)
+        self.skeleton.unload()
         put_back(self._before)
 
     def end(self) -> None:

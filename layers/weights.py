@@ -12,6 +12,7 @@ import torch
 
 from ..interop.arrays import array_to_torch, tensor_to_jax
 from .functional_module import FunctionalModule
+from .skeleton import named_tensors
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Held:
     weights: dict[str, Any]
     """torch name to array."""
     training: bool
-    replace: Callable[[dict[str, jax.Array]], Any]
-    """What the user gets when all weights are replaced: a new model, or its new variables."""
+    replace: Callable[[dict[str, jax.Array], FunctionalModule], Any]
+    """What the user gets when all weights are replaced, and the module: a new model, or its new variables."""
 
 
 @singledispatch
@@ -35,7 +36,7 @@ def held(model: Any, state: Any) -> Held:
     )
 
 
-def state_dict(model: Any, state: Any = None) -> dict[str, torch.Tensor]:
+def state_dict(model: Any, state: Any = None) -> dict[str, Any]:
     """The current weights as a torch state dict, ready for `torch.save` and `module.load_state_dict`.
 
     **Arguments:**
@@ -45,17 +46,17 @@ def state_dict(model: Any, state: Any = None) -> dict[str, torch.Tensor]:
       `eqx.nn.make_with_state`; for Linen the module's variables; nothing for NNX and for bound Linen modules.
 
     **Returns:** torch name to tensor, in torch's order and dtypes; tied weights under each of their names. The tensors
-    are views of the leaves (64-bit dtypes excepted, without x64): do not write into them.
+    are views of the leaves (64-bit dtypes excepted, without x64): do not write into them. Where the module has extra
+    state (`get_extra_state`), that is there, too.
 
     **Raises:** `TypeError` if `model` is no `TorchModule` or is being traced.
     """
     source = held(model, state)
-    tensors = _tensors(source, copy=False)
-    return {name: tensors[leaf] for name, leaf in source.module.state_names().items()}
+    return {name: entry for name, (entry, _) in _entries(source).items()}
 
 
 def load_state_dict(
-    model: Any, state_dict: Mapping[str, torch.Tensor], state: Any = None, *, copy: bool = False
+    model: Any, state_dict: Mapping[str, Any], state: Any = None, *, copy: bool = False
 ) -> Any:
     """A model with the weights of a torch state dict.
 
@@ -72,7 +73,7 @@ def load_state_dict(
     **Raises:** `KeyError` naming missing and unexpected entries; `ValueError` naming an entry of another shape.
     """
     source = held(model, state)
-    module, names = source.module, source.module.state_names()
+    module, names = source.module, {name: leaf for name, (_, leaf) in _entries(source).items()}
     missing, unexpected = sorted(names.keys() - state_dict.keys()), sorted(state_dict.keys() - names.keys())
     if missing or unexpected:
         raise KeyError(
@@ -81,13 +82,18 @@ def load_state_dict(
         )
     loaded: dict[str, jax.Array] = {}
     for name, leaf in names.items():
+        if leaf is None:
+            continue
         spec, tensor = module.specs[leaf], state_dict[name]
         if tuple(tensor.shape) != spec.shape:
             raise ValueError(
                 f"load_state_dict: {name!r} has shape {tuple(tensor.shape)}, but {module.name} has {spec.shape}."
             )
-        loaded[leaf] = tensor_to_jax(tensor.detach().to(spec.dtype), copy=copy, name=name)
-    return source.replace({**source.weights, **loaded})
+        loaded[leaf] = tensor_to_jax(tensor.detach().to(spec.dtype), copy=copy, name=name, committed=False)
+    weights = {**source.weights, **loaded}
+    if None in names.values():
+        module = _with_extra_state(source, weights, state_dict)
+    return source.replace(weights, module)
 
 
 def to_torch_module(model: Any, state: Any = None, *, copy: bool = True) -> torch.nn.Module:
@@ -104,13 +110,36 @@ def to_torch_module(model: Any, state: Any = None, *, copy: bool = True) -> torc
     mode as the model is.
     """
     source = held(model, state)
-    return source.module.with_weights(_tensors(source, copy=copy), training=source.training)
+    return source.module.with_weights(_tensors(source.module, source.weights, copy=copy), training=source.training)
 
 
-def _tensors(source: Held, *, copy: bool) -> dict[str, torch.Tensor]:
+def _entries(source: Held) -> dict[str, tuple[Any, str | None]]:
+    """What torch's state dict has, each with the leaf behind it; None for what is no weight."""
+    module, tensors = source.module, _tensors(source.module, source.weights, copy=False)
+    has_more = any(type(part).get_extra_state is not torch.nn.Module.get_extra_state for part in module.skeleton.modules())
+    # What a module has to say beside its weights, it may compute from them.
+    plain = module.with_weights(tensors, training=source.training) if has_more else module.skeleton
+    leaf_of = {id(tensor): name for name, tensor in named_tensors(plain)}
+    found = {name: (x, leaf_of.get(id(x))) for name, x in plain.state_dict(keep_vars=True).items()}
+    if not has_more:
+        found = {name: entry for name, entry in found.items() if entry[1] is not None}
+    return {name: (x if leaf is None else tensors[leaf], leaf) for name, (x, leaf) in found.items()}
+
+
+def _with_extra_state(
+    source: Held, weights: Mapping[str, jax.Array], state_dict: Mapping[str, Any]
+) -> FunctionalModule:
+    """The module after torch has loaded a state dict."""
+    tensors = _tensors(source.module, weights, copy=True)
+    plain = source.module.with_weights(tensors, training=source.module.training)
+    plain.load_state_dict(state_dict)
+    return source.module.of_module(plain)
+
+
+def _tensors(module: FunctionalModule, weights: Mapping[str, Any], *, copy: bool) -> dict[str, torch.Tensor]:
     return {
-        name: array_to_torch(_array(leaf), copy=copy, name=name).to(source.module.specs[name].dtype)
-        for name, leaf in source.weights.items()
+        name: array_to_torch(_array(leaf), copy=copy, name=name).to(module.specs[name].dtype)
+        for name, leaf in weights.items()
     }
 
 

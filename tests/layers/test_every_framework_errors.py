@@ -1,8 +1,5 @@
 """What goes wrong with a module says so in every framework: which module, which argument or attribute, what to do."""
 
-import threading
-import warnings
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -21,16 +18,28 @@ def _call(model, *args, jit, **kwargs):
 # --- modules that cannot be wrapped --------------------------------------------------------------
 
 
-class _Locked(nn.Linear):
+class _Generating(nn.Linear):
     def __init__(self):
         super().__init__(3, 2)
-        self.lock = threading.Lock()
+        self.steps = (i for i in range(3))
 
 
-def _scripted() -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is deprecated, and still about
-        return torch.jit.script(nn.Linear(3, 2))
+class _Doubled(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        return out * 2 if func is nn.functional.linear else out
+
+
+def _with_weight(make):
+    module = nn.Linear(3, 2)
+    module.weight = make(module.weight)
+    return module
+
+
+def _with_accumulation_hook(weight):
+    weight.register_post_accumulate_grad_hook(lambda p: None)
+    return weight
 
 
 @every_framework
@@ -39,14 +48,20 @@ def _scripted() -> nn.Module:
     ("module", "message"),
     [
         (lambda: nn.LazyLinear(2), r"LazyLinear\.weight is uninitialised .*Run the torch module once"),
-        (_scripted, "RecursiveScriptModule is a TorchScript module.*Wrap the Python module"),
         (lambda: nn.Linear, r"must be a torch\.nn\.Module, got type \(a class: pass an instance\)"),
         (lambda: torch.sin, r"must be a torch\.nn\.Module, got builtin_function_or_method"),
-        (lambda: nn.Linear(3, 2).double(), r"Linear\.weight is torch\.float64.*jax_enable_x64.*module\.float\(\)"),
         (lambda: nn.Linear(3, 2, device="meta"), r"Linear\.weight is a meta tensor.*Materialise it first"),
-        (_Locked, r"_Locked cannot be copied.*_thread\.lock.*Remove the attribute.*__deepcopy__"),
+        (_Generating, r"_Generating cannot be copied.*attribute `steps`.*generator.*Remove the attribute.*__deepcopy__"),
+        (
+            lambda: _with_weight(lambda w: nn.Parameter(w.detach().as_subclass(_Doubled))),
+            r"Linear\.weight is a _Doubled, a tensor with operations of its own.*as_subclass\(torch\.Tensor\)",
+        ),
+        (
+            lambda: _with_weight(_with_accumulation_hook),
+            r"Linear\.weight has a hook .*register_post_accumulate_grad_hook.*`register_hook`",
+        ),
     ],
-    ids=["lazy", "scripted", "class", "function", "float64", "meta", "not-copyable"],
+    ids=["lazy", "class", "function", "meta", "not-copyable", "subclass", "accumulation"],
 )
 def test_wrapping(framework, module, message):
     with pytest.raises(TypeError, match=message):

@@ -95,10 +95,10 @@ def test_skeleton_takes_weights_in_and_out_by_sorted_name():
     skeleton.load(weights)
     assert skeleton.module.embed.weight is skeleton.module.project.weight is weights[0]
     assert skeleton.module.project.bias is weights[1]
-    assert skeleton.unload(weights) == {}
+    assert skeleton.unload() == {}
     skeleton.load(weights)
     skeleton.module.embed.weight = replaced = nn.Parameter(torch.zeros(5, 3))
-    assert skeleton.unload(weights) == {0: replaced}
+    assert skeleton.unload() == {0: replaced}
     assert {p.device.type for p in skeleton.module.parameters()} == {"meta"}
 
 
