@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -140,9 +141,24 @@ class TorchFunction:
             "forward_mode": forward_mode,
             "replay": replay,
         }
-        self._signature = Signature(fn, self.name)
-        self._specialized: dict[Any, Specialized] = {}
         functools.update_wrapper(self, fn, updated=())
+        self._forget()
+
+    def _forget(self) -> None:
+        """Be as one that was never called."""
+        self._signature = Signature(self._fn, self.name)
+        self._specialized: dict[Any, Specialized] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_signature", "_specialized")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """One that stands in a module in the place of its function (`@torch_function`) is found there, by name."""
+        return self.__qualname__ if _is_found(self) else super().__reduce_ex__(protocol)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
@@ -294,6 +310,14 @@ def _without_key(run: Flat, name: str, remedy: str) -> Flat:
 
 def _shapes(arguments: Arguments) -> str:
     return "(" + ", ".join(f"{a.dtype}{list(a.shape)}" for a in arguments.avals) + ")"
+
+
+def _is_found(function: Any) -> bool:
+    """Whether it is what its module has by its name."""
+    found: Any = sys.modules.get(getattr(function, "__module__", None))
+    for name in getattr(function, "__qualname__", "").split("."):
+        found = getattr(found, name, None)
+    return found is function
 
 
 def _name_of(fn: Callable[..., Any]) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .parametrized import copy_class, is_parametrized
 from .references import ATOMS, COMPILED_FROM, is_filled, references
 from .scripted import copy_scripted, holds_code
 
@@ -101,6 +102,10 @@ class Copier:
         self._apart |= visited
         return False
 
+    def if_led(self, value: Any) -> Any:
+        """A copy of what leads to the module; other things stay."""
+        return self.copy(value) if self.leads_to_module(value) else value
+
     def _is_target(self, value: Any) -> bool:
         if id(value) in self._targets:
             return True
@@ -133,7 +138,7 @@ class Copier:
 
     def _fill(self, module: torch.nn.Module, blank: torch.nn.Module) -> None:
         cls, outside = type(module), self._at
-        state = vars(module) if holds_code(module) else _state_of(module)
+        state = vars(module) if holds_code(module) or is_parametrized(cls) else module.__getstate__()
         self.keep(state)
         filled: dict[str, Any] = {}
         for name, value in state.items():
@@ -143,6 +148,8 @@ class Copier:
             vars(blank).update(filled)
         else:
             blank.__setstate__(filled)
+        if is_parametrized(cls):
+            blank.__class__ = copy_class(cls, self)
         self._at = outside
 
     def _weights(self, namespace: dict[str, Any]) -> dict[str, Any]:
@@ -219,10 +226,10 @@ class Copier:
         return frozenset(map(self.copy, value))
 
     def _method(self, value: types.MethodType) -> types.MethodType:
-        return types.MethodType(self._if_led(value.__func__), self.copy(value.__self__))
+        return types.MethodType(self.if_led(value.__func__), self.copy(value.__self__))
 
     def _partial(self, value: functools.partial[Any]) -> functools.partial[Any]:
-        made = functools.partial(self._if_led(value.func), *map(self.copy, value.args), **self.copy(value.keywords))
+        made = functools.partial(self.if_led(value.func), *map(self.copy, value.args), **self.copy(value.keywords))
         vars(made).update({name: self.copy(item) for name, item in vars(value).items()})
         return made
 
@@ -236,8 +243,8 @@ class Copier:
             value, types.FunctionType(value.__code__, value.__globals__, value.__name__, None, cells or None)
         )
         for name in ("__defaults__", "__kwdefaults__", "__annotations__", "__doc__", "__module__", "__qualname__"):
-            setattr(made, name, self._if_led(getattr(value, name)))
-        vars(made).update({name: self._if_led(item) for name, item in vars(value).items()})
+            setattr(made, name, self.if_led(getattr(value, name)))
+        vars(made).update({name: self.if_led(item) for name, item in vars(value).items()})
         for cell, made_cell in zip(value.__closure__ or (), cells, strict=True):
             if made_cell is not cell and is_filled(cell) and not is_filled(made_cell):
                 made_cell.cell_contents = self.copy(cell.cell_contents)
@@ -264,15 +271,17 @@ class Copier:
             return value
         return functools.lru_cache(**value.cache_parameters())(self.copy(value.__wrapped__))
 
+    def _wrapped_hook(self, value: Any) -> Any:
+        """A hook as torch keeps some of them, which `copy.deepcopy` keeps as it is."""
+        made = copy.deepcopy(value, {**self.memo, id(value.hook): value.hook})
+        made.hook = self.if_led(value.hook)
+        return made
+
     def _weak_reference(self, value: Any) -> Any:
         referent = value()
         if type(value) is not weakref.ref or id(referent) not in self._targets:
             return value
         return weakref.ref(self.copy(referent))
-
-    def _if_led(self, value: Any) -> Any:
-        """A copy of what leads to the module; other things stay."""
-        return self.copy(value) if self.leads_to_module(value) else value
 
     def _foreign(self, value: Any) -> Any:
         made = copy.deepcopy(value, self.memo)
@@ -286,6 +295,7 @@ class Copier:
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 _KINDS: dict[Any, Callable[[Copier, Any], Any]] = {
     torch.jit.ScriptModule: Copier._scripted,
+    torch.nn.modules.module._WrappedHook: Copier._wrapped_hook,
     torch.nn.Module: Copier._unregistered,
     torch.Tensor: Copier._tensor,
     types.MethodType: Copier._method,
@@ -325,6 +335,8 @@ def _copier_of(cls: type) -> Callable[[Copier, Any], Any]:
 @functools.lru_cache(maxsize=4096)
 def is_plain(cls: type) -> bool:
     """Whether `copy.deepcopy` would make an empty instance of the class and fill its namespace."""
+    if is_parametrized(cls):
+        return is_plain(cls.__bases__[0])
     plain = not hasattr(cls, "__deepcopy__") and cls.__reduce_ex__ is object.__reduce_ex__
     plain &= cls.__reduce__ is object.__reduce__ and not hasattr(cls, "__getnewargs__")
     if issubclass(cls, torch.nn.Module):
@@ -334,6 +346,3 @@ def is_plain(cls: type) -> bool:
     return plain and not any("__slots__" in vars(base) for base in cls.__mro__ if vars(base).get("__slots__"))
 
 
-def _state_of(module: torch.nn.Module) -> dict[str, Any]:
-    """What `copy.deepcopy` would copy of a module."""
-    return module.__getstate__()

@@ -61,8 +61,10 @@ class _Reader:
     def token(self, value: Any) -> Token:
         """What stands for a value."""
         cls = type(value)
+        if isinstance(value, type):
+            return self._class(value)
         if cls in ATOMS:
-            return value if cls is type and _is_importable(value) else self._atom(value)
+            return static_key(value)
         if id(value) in self._weights:
             return "weight", self._weights[id(value)]
         if id(value) in self._numbers:
@@ -70,10 +72,10 @@ class _Reader:
         self._numbers[id(value)] = len(self._numbers)
         self._held.append(value)
         read = _reader_of(cls)
-        return Same(value) if read is None else (read.__name__, self._class(cls), *read(self, value))
-
-    def _atom(self, value: Any) -> Token:
-        return self._class(value) if isinstance(value, type) else static_key(value)
+        if read is None:
+            return Same(value)
+        shown = torch.fx.GraphModule if isinstance(value, torch.fx.GraphModule) else cls  # each has one of its own
+        return read.__name__, self._class(shown), *read(self, value)
 
     def _class(self, cls: type) -> Token:
         """A class by name, or, if it was made in passing (a parametrised module's), by what it is made of."""
@@ -96,11 +98,11 @@ class _Reader:
 
     def module(self, value: torch.nn.Module) -> Iterator[Token]:
         if isinstance(value, torch.fx.GraphModule):
-            yield value.code
+            yield tuple((n.op, n.name, self.token(n.target), str(n.args), str(n.kwargs)) for n in value.graph.nodes)
         if isinstance(value, torch.jit.ScriptModule):
             yield from self._scripted(value)
         for name, held in sorted(vars(value).items()):
-            if name.endswith("_hooks") or "_hooks_" in name:
+            if name in _HOOKS:
                 yield name, self._hooks(value, name, held)
             elif name in ("_parameters", "_buffers", "_modules"):
                 yield name, tuple((key, self.token(x)) for key, x in held.items())
@@ -172,6 +174,9 @@ class _Reader:
     def property_(self, value: property) -> Iterator[Token]:
         yield from self._items((value.fget, value.fset, value.fdel))
 
+    def wrapped_hook(self, value: Any) -> Iterator[Token]:
+        yield from self._items((value.hook, value.with_module))
+
     def reference(self, value: weakref.ReferenceType[Any]) -> Iterator[Token]:
         referent = value()
         yield self.token(referent) if id(referent) in self._parts or id(referent) in self._weights else Same(referent)
@@ -181,6 +186,7 @@ class _Reader:
 
 
 _OF_EVERY_CLASS = frozenset({"__dict__", "__weakref__", "__doc__", "__module__", "_abc_impl", "__firstlineno__"})
+_HOOKS = frozenset(name for name in vars(torch.nn.Module()) if "_hooks" in name)
 _OF_CODE = frozenset({"_graph", "_code", "_lineno_map", "_prologue_start", "_tracer_cls", "_compiled_call_impl"})
 """Attributes of modules that hold their code, which is read otherwise."""
 
@@ -193,6 +199,7 @@ _EXACT: dict[type, Callable[[_Reader, Any], Iterator[Token]]] = {
 }
 _KINDS: dict[type, Callable[[_Reader, Any], Iterator[Token]]] = {
     torch.nn.Module: _Reader.module,
+    torch.nn.modules.module._WrappedHook: _Reader.wrapped_hook,
     torch.Tensor: _Reader.tensor,
     np.ndarray: _Reader.array,
     types.MethodType: _Reader.method,

@@ -182,7 +182,8 @@ def test_tree_equal(mlp):
     module, model = mlp
     assert eqx.tree_equal(model, jax.tree.map(lambda leaf: leaf, model))
     assert not eqx.tree_equal(model, eqx.tree_at(lambda m: m.params["2.bias"], model, replace_fn=lambda b: b + 1))
-    assert not eqx.tree_equal(model, torchleaf.TorchModule(module))  # the static part compares by identity
+    assert eqx.tree_equal(model, torchleaf.TorchModule(module))
+    assert not eqx.tree_equal(model, torchleaf.TorchModule(module, vmap_method="loop"))
 
 
 def test_filter_eval_shape_and_make_jaxpr(mlp, x):

@@ -173,9 +173,10 @@ def test_another_modules_weights_are_constants():
     assert_trees_close(TorchModule(Perceptual())(from_torch(X)), from_torch(other(X)))
 
 
-def test_the_original_is_not_kept_alive():
-    module = nn.Linear(3, 3)
-    weight, module_ref = weakref.ref(module.weight), weakref.ref(module)
+@pytest.mark.parametrize("make", [lambda m: m, nn.utils.parametrizations.weight_norm], ids=["plain", "parametrised"])
+def test_the_original_is_not_kept_alive(make):
+    module = make(nn.Linear(3, 3))
+    weight, module_ref = weakref.ref(next(module.parameters())), weakref.ref(module)
     model = TorchModule(module, copy=True)
     model(jnp.ones(3))
     del module
