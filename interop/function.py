@@ -158,7 +158,7 @@ class TorchFunction:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """One that stands in a module in the place of its function (`@torch_function`) is found there, by name."""
-        return self.__qualname__ if _is_found(self) else super().__reduce_ex__(protocol)
+        return vars(self)["__qualname__"] if _is_found(self) else super().__reduce_ex__(protocol)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
@@ -314,7 +314,7 @@ def _shapes(arguments: Arguments) -> str:
 
 def _is_found(function: Any) -> bool:
     """Whether it is what its module has by its name."""
-    found: Any = sys.modules.get(getattr(function, "__module__", None))
+    found: Any = sys.modules.get(str(getattr(function, "__module__", None)))
     for name in getattr(function, "__qualname__", "").split("."):
         found = getattr(found, name, None)
     return found is function

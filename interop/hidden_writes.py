@@ -50,8 +50,8 @@ def hidden_writes(call: Base) -> bool:
         )
     if watch.random is not None and failure is None:
         raise RandomnessError(
-            f"{call.name} draws random numbers in its backward pass ({watch.random}), which no key drives. Draw them in "
-            "the forward pass and save them."
+            f"{call.name} draws random numbers in its backward pass ({watch.random}), which no key drives. Draw them "
+            "in the forward pass and save them."
         )
     return failure is not None or watch.writes
 

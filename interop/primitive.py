@@ -52,7 +52,7 @@ class _Reference:
 
 
 def _compiled(call: TorchCall) -> Callable[..., list[jax.Array]]:
-    """The program of an eager call. It lives as long as the call, of which JAX's caches hold no more than a reference."""
+    """The program of an eager call. It lives as long as the call, of which JAX's caches hold a reference only."""
     reference = _Reference(call)
 
     def run(*operands: jax.Array) -> list[Any]:

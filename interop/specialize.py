@@ -10,6 +10,7 @@ import torch
 from . import ambient, dtypes
 from .call import Aval, Base, Tensors
 from .errors import TorchCallError
+from .narrow import narrowed
 from .static import static_key
 from .trace import Flat, Trace
 from .trees import flatten_registering, leaf_names
@@ -94,7 +95,9 @@ class Specialized:
         if not self._found.fakeable:
             self._check_leaves(output, leaves)
         outs = [*(y for y in leaves if isinstance(y, torch.Tensor)), *state]
-        return tuple(y if y.dtype == d else y.to(d) for y, d in zip(outs, self._out_dtypes, strict=True))
+        return tuple(
+            y if y.dtype == d else narrowed(y, d, self._name) for y, d in zip(outs, self._out_dtypes, strict=True)
+        )
 
     def _check_leaves(self, output: Any, leaves: Sequence[Any]) -> None:
         """A callable that inspects values may return something else each time."""

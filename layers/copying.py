@@ -55,6 +55,8 @@ class Copier:
         self._targets = {*self.memo, *map(id, self._parts)} - {id(self.memo)}
         self._apart: set[int] = set()
         self._at: tuple[Any, str] = (module, "")
+        self.caches: list[Any] = []
+        """Functions with a cache (`functools.lru_cache`) that were copied."""
         self.is_scattered = False
         """Whether weights may be in other places than `_parameters` and `_buffers`."""
 
@@ -269,7 +271,9 @@ class Copier:
         """A `functools.lru_cache`: the copy has a cache of its own."""
         if not self.leads_to_module(value.__wrapped__):
             return value
-        return functools.lru_cache(**value.cache_parameters())(self.copy(value.__wrapped__))
+        made = functools.lru_cache(**value.cache_parameters())(self.copy(value.__wrapped__))
+        self.caches.append(made)
+        return made
 
     def _wrapped_hook(self, value: Any) -> Any:
         """A hook as torch keeps some of them, which `copy.deepcopy` keeps as it is."""
@@ -344,5 +348,3 @@ def is_plain(cls: type) -> bool:
     plain &= cls.__new__ is object.__new__ and cls.__dictoffset__ != 0 and not hasattr(cls, "__setstate__")
     plain &= getattr(cls, "__getstate__", None) is getattr(object, "__getstate__", None)
     return plain and not any("__slots__" in vars(base) for base in cls.__mro__ if vars(base).get("__slots__"))
-
-

@@ -134,7 +134,7 @@ class _Reader:
 
     def array(self, value: np.ndarray) -> Iterator[Token]:
         yield str(value.dtype), value.shape
-        yield Same(value) if value.dtype.hasobject else hashlib.blake2b(np.ascontiguousarray(value)).digest()
+        yield Same(value) if value.dtype.hasobject else hashlib.blake2b(value.tobytes()).digest()
 
     def mapping(self, value: dict[Any, Any]) -> Iterator[Token]:
         if isinstance(value, defaultdict):
@@ -232,4 +232,4 @@ def _is_importable(value: Any) -> bool:
 
 def _digest(tensor: torch.Tensor) -> bytes:
     values = tensor.detach().cpu().contiguous().resolve_conj().resolve_neg().reshape(-1)
-    return hashlib.blake2b(values.view(torch.uint8).numpy()).digest()
+    return hashlib.blake2b(values.view(torch.uint8).numpy().tobytes()).digest()

@@ -186,9 +186,7 @@ class FunctionalModule:
         metas = named_tensors(self.skeleton)
         given = {name: _like(meta, weights[name]) for name, meta in metas}
         replacements = {meta: given[name] for name, meta in metas}
-        for meta, stand_in in self.stand_ins.items():
-            alias = stand_in.alias
-            replacements[meta] = stand_in.value if alias is None else alias.of(given[alias.weight])
+        replacements |= {meta: stand_in.of(given) for meta, stand_in in self.stand_ins.items()}
         module = in_mode(Copier(self.skeleton, replacements).copied(), training=training)
         register_hooks(module, given)
         return module

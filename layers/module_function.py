@@ -68,7 +68,7 @@ class ModuleFunction(TorchFunction):
                 args, kwargs = to_torch_layout((args, kwargs))
             scope = current_scope()
             loan = None if scope is None else scope.find(pool, weights)
-            skeleton = pool.borrow() if loan is None else loan.skeleton
+            skeleton = loan.skeleton if isinstance(loan, SkeletonLoan) else pool.borrow()
             before = attribute_values(skeleton.module, self._assigned) if self._assigned else []
             skeleton.load(weights)
             try:

@@ -45,6 +45,13 @@ class StandIn:
     value: torch.Tensor | None
     """What it was, if it is no alias."""
 
+    def of(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The tensor that belongs to a module of these weights."""
+        if self.alias is not None:
+            return self.alias.of(weights[self.alias.weight])
+        assert self.value is not None
+        return self.value
+
 
 class StandIns:
     """Finds the tensors of a module that hang together with its weights."""
@@ -97,7 +104,7 @@ def _alias(name: str, weight: torch.Tensor, tensor: torch.Tensor, *, has_gradien
     """A tensor as a view of a weight, if it lies within it and is of its dtype."""
     order = tuple(sorted(range(weight.ndim), key=lambda axis: (-weight.stride(axis), axis)))
     is_plain = not (tensor.is_conj() or tensor.is_neg() or weight.is_conj() or weight.is_neg())
-    offset = tensor.storage_offset() - weight.storage_offset()
+    offset = int(tensor.storage_offset()) - int(weight.storage_offset())
     reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     if tensor.dtype != weight.dtype or not is_plain or not weight.permute(order).is_contiguous():
         return None

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as torch_pytree
+from torch.jit._recursive import wrap_cpp_module
 
 if TYPE_CHECKING:
     from .copying import Copier
@@ -31,7 +32,8 @@ class ScriptSlots:
     def unregistered(self) -> dict[str, Any]:
         """Those that are neither parameters nor buffers."""
         registered = {*self._module._parameters.keys(), *self._module._buffers.keys()}
-        declared = torch._C.ConcreteModuleType.from_jit_type(self._module._c._type()).get_attributes()
+        kind: Any = torch._C.ConcreteModuleType.from_jit_type(self._module._c._type())
+        declared = kind.get_attributes()
         return {name: self.get(name) for name in declared if name not in registered}
 
     def items(self) -> dict[str, Any]:
@@ -41,7 +43,7 @@ class ScriptSlots:
 
 def copy_scripted(module: Any, copier: "Copier") -> Any:
     """A copy that shares the code, its tensors replaced as in the rest."""
-    made = torch.jit._recursive.wrap_cpp_module(_copy_state(module._c))
+    made = wrap_cpp_module(_copy_state(module._c))
     for part, made_part in zip(module.modules(), made.modules(), strict=True):
         copier.memo[id(part)] = made_part
         getattr(made_part, "forward", None)  # it caches its methods, which is no change of state
@@ -50,7 +52,9 @@ def copy_scripted(module: Any, copier: "Copier") -> Any:
         for name, value in present.items():
             if isinstance(value, torch.Tensor):
                 slots[name] = copier.copy(value)
-            elif any(isinstance(x, torch.Tensor) and copier.leads_to_module(x) for x in torch_pytree.tree_leaves(value)):
+            elif any(
+                isinstance(x, torch.Tensor) and copier.leads_to_module(x) for x in torch_pytree.tree_leaves(value)
+            ):
                 raise TypeError(f"the TorchScript attribute `{name}` holds weights in a {type(value).__name__}")
         for name, value in vars(part).items():
             if name.endswith("_hooks") and value:

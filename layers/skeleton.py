@@ -24,6 +24,7 @@ class Skeleton:
 
     - `module`: without weights; meta tensors are in their places.
     - `aliases`: meta tensors in the place of views of weights.
+    - `caches`: those of its functions, which are new in every call.
     - `is_scattered`: whether weights may be in other places than modules have for them.
     """
 
@@ -31,10 +32,11 @@ class Skeleton:
         self,
         module: torch.nn.Module,
         aliases: Mapping[torch.Tensor, Alias] | None = None,
+        caches: Sequence[Any] = (),
         *,
         is_scattered: bool = False,
     ):
-        self.module, weights = module, sorted(named_tensors(module))
+        self.module, self._caches, weights = module, caches, sorted(named_tensors(module))
         self._weights = [tensor for _, tensor in weights]
         self._loaded: Sequence[torch.Tensor] = self._weights
         index = {id(w): i for i, w in enumerate(self._weights)}
@@ -53,7 +55,7 @@ class Skeleton:
             number_of = {name: i for i, (name, _) in enumerate(weights)}
             by_id = {id(meta): alias for meta, alias in (aliases or {}).items()}
             self._others, found = scattered(module, index, by_id)
-            self._aliases = [(number_of[alias.weight], alias, *place) for alias, *place in found]
+            self._aliases = [(number_of[alias.weight], alias, meta, at, key) for alias, meta, at, key in found]
 
     def load(self, tensors: Sequence[torch.Tensor]) -> None:
         """Put tensors in the places of the weights, sorted by name."""
@@ -82,6 +84,8 @@ class Skeleton:
                 holder[key] = self._weights[i]
         for _, _, meta, holder, key in self._aliases:
             holder[key] = meta
+        for cache in self._caches:
+            cache.cache_clear()
         self._loaded = self._weights
         return replaced
 
@@ -118,7 +122,7 @@ class SkeletonPool:
             return self._free.pop()
         except IndexError:
             copier = Copier(self._original, self._shared)
-            return Skeleton(copier.copied(), self._aliases, is_scattered=copier.is_scattered)
+            return Skeleton(copier.copied(), self._aliases, copier.caches, is_scattered=copier.is_scattered)
 
     def give_back(self, skeleton: Skeleton) -> None:
         """Return a skeleton after the call."""

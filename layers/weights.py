@@ -55,9 +55,7 @@ def state_dict(model: Any, state: Any = None) -> dict[str, Any]:
     return {name: entry for name, (entry, _) in _entries(source).items()}
 
 
-def load_state_dict(
-    model: Any, state_dict: Mapping[str, Any], state: Any = None, *, copy: bool = False
-) -> Any:
+def load_state_dict(model: Any, state_dict: Mapping[str, Any], state: Any = None, *, copy: bool = False) -> Any:
     """A model with the weights of a torch state dict.
 
     **Arguments:**
@@ -116,7 +114,9 @@ def to_torch_module(model: Any, state: Any = None, *, copy: bool = True) -> torc
 def _entries(source: Held) -> dict[str, tuple[Any, str | None]]:
     """What torch's state dict has, each with the leaf behind it; None for what is no weight."""
     module, tensors = source.module, _tensors(source.module, source.weights, copy=False)
-    has_more = any(type(part).get_extra_state is not torch.nn.Module.get_extra_state for part in module.skeleton.modules())
+    has_more = any(
+        type(part).get_extra_state is not torch.nn.Module.get_extra_state for part in module.skeleton.modules()
+    )
     # What a module has to say beside its weights, it may compute from them.
     plain = module.with_weights(tensors, training=source.training) if has_more else module.skeleton
     leaf_of = {id(tensor): name for name, tensor in named_tensors(plain)}

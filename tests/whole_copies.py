@@ -1,4 +1,4 @@
-"""Modules whose forward goes through something that `copy.deepcopy` does not copy, or whose weights are in odd places."""
+"""Modules whose forward goes through what `copy.deepcopy` does not copy, or whose weights are in odd places."""
 
 import functools
 import types
@@ -100,7 +100,11 @@ def _cached(self: Through) -> Any:
     def scale(power):
         return self.linear.bias**power
 
-    return lambda x: x * scale(2)
+    def apply(x):
+        return x * scale(2)
+
+    apply.forget = scale.cache_clear
+    return apply
 
 
 def _weak_closure(self: Through) -> Any:

@@ -193,7 +193,9 @@ def test_target_networks_and_averages():
     assert_trees_close(blended.params, jax.tree.map(blend, online.params, target.params))
     params, static = eqx.partition(target, eqx.is_inexact_array)
     averaged = optax.incremental_update(eqx.filter(online, eqx.is_inexact_array), params, 0.1)
-    assert_trees_close(eqx.combine(averaged, static).params, jax.tree.map(lambda x, y: 0.1 * x + 0.9 * y, online.params, target.params))
+    assert_trees_close(
+        eqx.combine(averaged, static).params, jax.tree.map(lambda x, y: 0.1 * x + 0.9 * y, online.params, target.params)
+    )
 
 
 def test_cond_between_models():
@@ -303,5 +305,3 @@ def test_deepcopy_shares_the_code():
     assert twin.module is model.module
     assert eqx.tree_equal(twin, model)
     assert all(a is not b for a, b in zip(jax.tree.leaves(twin.params), jax.tree.leaves(model.params), strict=True))
-
-

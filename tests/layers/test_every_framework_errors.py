@@ -51,7 +51,10 @@ def _with_accumulation_hook(weight):
         (lambda: nn.Linear, r"must be a torch\.nn\.Module, got type \(a class: pass an instance\)"),
         (lambda: torch.sin, r"must be a torch\.nn\.Module, got builtin_function_or_method"),
         (lambda: nn.Linear(3, 2, device="meta"), r"Linear\.weight is a meta tensor.*Materialise it first"),
-        (_Generating, r"_Generating cannot be copied.*attribute `steps`.*generator.*Remove the attribute.*__deepcopy__"),
+        (
+            _Generating,
+            r"_Generating cannot be copied.*attribute `steps`.*generator.*Remove the attribute.*__deepcopy__",
+        ),
         (
             lambda: _with_weight(lambda w: nn.Parameter(w.detach().as_subclass(_Doubled))),
             r"Linear\.weight is a _Doubled, a tensor with operations of its own.*as_subclass\(torch\.Tensor\)",

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torchleaf
 from compare import assert_trees_close, from_torch
-from fresh_process import run_python
 from frameworks import every_framework
+from fresh_process import run_python
 from torch import nn
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.float8_e4m3fn, torch.int32, torch.bool]

@@ -14,8 +14,8 @@ import torchleaf
 from compare import assert_trees_close, from_torch
 from custom_layers import TiedAutoencoder
 from flax import nnx
-from fresh_process import run_python
 from frameworks import every_framework
+from fresh_process import run_python
 from torch import nn
 
 X = torch.linspace(-1.5, 2, 6).reshape(2, 3)
@@ -103,7 +103,9 @@ def test_what_a_copy_is(framework, way):
 
 
 @ways
-@pytest.mark.parametrize("make", [lambda: torchleaf.torch_function(square), lambda: decorated], ids=["plain", "decorated"])
+@pytest.mark.parametrize(
+    "make", [lambda: torchleaf.torch_function(square), lambda: decorated], ids=["plain", "decorated"]
+)
 def test_functions(make, way):
     function, x = make(), jnp.arange(3.0)
     expected = function(x)

@@ -86,7 +86,9 @@ def test_members_of_an_ensemble(make):
     stacked = EquinoxModel.stack(models)
     params, static = eqx.partition(stacked.model, eqx.is_inexact_array)
     grads = jax.grad(
-        lambda p: jax.vmap(lambda p: weighted_sum(eqx.combine(p, eqx.partition(model.model, eqx.is_inexact_array)[1])(x)))(p).sum()
+        lambda p: jax.vmap(
+            lambda p: weighted_sum(eqx.combine(p, eqx.partition(model.model, eqx.is_inexact_array)[1])(x))
+        )(p).sum()
     )(params)
     for i, member in enumerate(models):
         twin = member.to_torch()
@@ -105,6 +107,7 @@ def test_second_derivatives_of_checkpoints(jit):
         return (module(x) ** 2).sum()
 
     expected = torch.autograd.functional.hessian(torch_loss, x)
+
     def loss(x):
         return (model(x) ** 2).sum()
 

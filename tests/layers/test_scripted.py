@@ -48,9 +48,12 @@ def test_values_and_gradients_at_each_run(framework, make):
     call = model.jit(lambda m, x: m(x))
     for run in range(RUNS):
         given = _scaled(model, 1 + 0.25 * run)
-        eager, (gradients, compiled) = given(x), (
-            given.gradients(lambda m, x: (weighted_sum(m(x)), None), x),
-            given.jit(lambda m, x: m(x))(x),
+        eager, (gradients, compiled) = (
+            given(x),
+            (
+                given.gradients(lambda m, x: (weighted_sum(m(x)), None), x),
+                given.jit(lambda m, x: m(x))(x),
+            ),
         )
         _put(module, given)
         expected = from_torch(module(X))

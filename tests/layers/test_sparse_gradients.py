@@ -99,7 +99,8 @@ def test_compiled_batched_and_second_order(make):
     assert_trees_close(repeated_jit(grad)(model.params, ids), like_grad(model.params, ids))
     rows = ids[:, None]
     assert_trees_close(
-        jax.vmap(grad, in_axes=(None, 0))(model.params, rows), jax.vmap(like_grad, in_axes=(None, 0))(model.params, rows)
+        jax.vmap(grad, in_axes=(None, 0))(model.params, rows),
+        jax.vmap(like_grad, in_axes=(None, 0))(model.params, rows),
     )
     direction = jax.tree.map(jnp.cos, model.params)
     hvps = [jax.jvp(lambda p, g=g: g(p, ids), (model.params,), (direction,))[1] for g in (grad, like_grad)]

@@ -26,6 +26,7 @@ def _other_weights(model):
 
 
 def _put(module, leaves):
+    getattr(getattr(module, "f", None), "forget", lambda: None)()
     with torch.no_grad():
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             tensor.copy_(torch.from_numpy(np.array(leaves[name])))
@@ -65,6 +66,7 @@ def test_compiled_runs(make):
 
 
 @every_case
+@pytest.mark.filterwarnings("ignore:vmap of .* runs as a loop:UserWarning")
 def test_vmap_over_members(make):
     module, x = make(), from_torch(X)
     models = [EquinoxModel(module, copy=True)]

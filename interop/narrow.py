@@ -1,0 +1,31 @@
+"""Results of 64 bits in a JAX that has 32: integers that do not fit are an error, as they are in `to_jax`.
+
+The check is an op like any other, which a replay repeats. On a GPU it would wait for the stream, so there is none.
+"""
+
+import torch
+from torch._functorch import pyfunctorch
+from torch._subclasses.fake_tensor import FakeTensor
+
+_functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def narrowed(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """A result in the dtype that JAX has for it; `RuntimeError` if it is an integer that does not fit."""
+    if (tensor.dtype, dtype) == (torch.int64, torch.int32) and tensor.is_cpu:
+        plain = _plain(tensor)
+        if not isinstance(plain, FakeTensor):
+            with pyfunctorch.temporarily_clear_interpreter_stack():
+                torch.ops.aten._assert_async.msg(
+                    (plain == plain.to(dtype)).all(),
+                    f"{name} returns int64 values that do not fit int32, the widest integer JAX has here. Enable "
+                    "64-bit types with `jax.config.update('jax_enable_x64', True)`, or return them as floats.",
+                )
+    return tensor.to(dtype)
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The values of all examples, without the wrappers of `torch.func`."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
