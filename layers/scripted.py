@@ -52,9 +52,7 @@ def copy_scripted(module: Any, copier: "Copier") -> Any:
         for name, value in present.items():
             if isinstance(value, torch.Tensor):
                 slots[name] = copier.copy(value)
-            elif any(
-                isinstance(x, torch.Tensor) and copier.leads_to_module(x) for x in torch_pytree.tree_leaves(value)
-            ):
+            elif any(map(copier.leads_to_module, torch_pytree.tree_leaves(value))):
                 raise TypeError(f"the TorchScript attribute `{name}` holds weights in a {type(value).__name__}")
         for name, value in vars(part).items():
             if name.endswith("_hooks") and value:

@@ -36,19 +36,19 @@ CALLS = {
 
 @pytest.mark.parametrize("call", [x for name, x in CALLS.items() if name != "jit of grad"])  # that needs no value
 def test_a_nan_of_a_function(call):
-    with jax.debug_nans(True), pytest.raises(FloatingPointError, match="invalid value .* encountered in"):
+    with jax.debug_nans(True), pytest.raises(FloatingPointError, match=r"invalid value .* encountered in"):
         jax.block_until_ready(call(log))
 
 
 @pytest.mark.parametrize("name", ["eager", "jit", "grad", "jit of grad"])
 def test_a_nan_of_a_module(name):
     model = _module()
-    with jax.debug_nans(True), pytest.raises(FloatingPointError, match="encountered in .*Root"):
+    with jax.debug_nans(True), pytest.raises(FloatingPointError, match=r"encountered in .*Root"):
         jax.block_until_ready(CALLS[name](lambda x: model(x)))
 
 
 def test_an_infinity():
-    with jax.debug_infs(True), pytest.raises(FloatingPointError, match="encountered in .*log"):
+    with jax.debug_infs(True), pytest.raises(FloatingPointError, match=r"encountered in .*log"):
         jax.block_until_ready(jax.jit(lambda x: log(x))(jnp.zeros(3)))
 
 

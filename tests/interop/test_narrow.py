@@ -22,7 +22,7 @@ every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 
 @every_call
 def test_too_large(call):
-    with pytest.raises(Exception, match="int64 values that do not fit int32(.|\n)*jax_enable_x64"):
+    with pytest.raises(Exception, match=r"int64 values that do not fit int32(.|\n)*jax_enable_x64"):
         jax.block_until_ready(call(big, X))
 
 

@@ -1,4 +1,4 @@
-"""Two networks of one class are one tree structure, and share traces; what makes them compute otherwise tells them apart."""
+"""Two networks of one class are one tree structure, and share traces; all that changes what they compute counts."""
 
 import copy
 import gc

@@ -83,13 +83,13 @@ def test_members_of_an_ensemble(make):
     """Each has weights of its own while its backward pass runs."""
     model, x = EquinoxModel(make(), vmap_method="loop"), from_torch(X)
     models = [_scaled(model, factor) for factor in (1, 0.5)]
-    stacked = EquinoxModel.stack(models)
-    params, static = eqx.partition(stacked.model, eqx.is_inexact_array)
-    grads = jax.grad(
-        lambda p: jax.vmap(
-            lambda p: weighted_sum(eqx.combine(p, eqx.partition(model.model, eqx.is_inexact_array)[1])(x))
-        )(p).sum()
-    )(params)
+    params = eqx.filter(EquinoxModel.stack(models).model, eqx.is_inexact_array)
+    _, static = eqx.partition(model.model, eqx.is_inexact_array)
+
+    def loss(p):
+        return jax.vmap(lambda p: weighted_sum(eqx.combine(p, static)(x)))(p).sum()
+
+    grads = jax.grad(loss)(params)
     for i, member in enumerate(models):
         twin = member.to_torch()
         expected, _ = torch_gradients_of(twin, twin, (X,), {})
