@@ -116,7 +116,7 @@ class TorchModule(eqx.nn.StatefulLayer):
         - `vmap_method`, `residuals`, `forward_mode`, `replay`, `out_shape`: as in `torchleaf.torch_function`.
         - `copy`: copy the weights instead.
 
-        **Raises:** `TypeError` for lazy, scripted and float64 (without x64) modules, and those that cannot be copied.
+        **Raises:** `TypeError` for lazy modules, those that cannot be copied, and weights that JAX cannot have.
         """
         self.module = FunctionalModule(
             module,

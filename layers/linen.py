@@ -58,7 +58,7 @@ class TorchModule(nn.Module):
     - `rng_collection`: the stream of random numbers, as in `nn.Dropout`.
     - `vmap_method`, `residuals`, `forward_mode`, `replay`, `out_shape`: as in `torchleaf.torch_function`.
 
-    **Raises:** `TypeError` for lazy, scripted and float64 (without x64) modules, and those that cannot be copied.
+    **Raises:** `TypeError` for lazy modules, those that cannot be copied, and weights that JAX cannot have.
     """
 
     module: torch.nn.Module

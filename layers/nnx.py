@@ -123,7 +123,7 @@ class TorchModule(Submodule):
         - `channels_last`: images come and go as Flax has them, with channels in the last axis: in every floating array
           of three axes or more, the last axis is torch's second one.
 
-        **Raises:** `TypeError` for lazy, scripted and float64 (without x64) modules, and those that cannot be copied.
+        **Raises:** `TypeError` for lazy modules, those that cannot be copied, and weights that JAX cannot have.
         """
         options = {
             "key_remedy": _KEY_REMEDY,
