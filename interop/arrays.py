@@ -1,5 +1,7 @@
 """`to_jax` and `to_torch`: arrays of one framework as views in the other, over any pytree."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,14 +72,31 @@ def to_torch(tree: PyTree, *, copy: bool = False) -> PyTree:
     return jax.tree.unflatten(treedef, converted)
 
 
-def tensor_to_jax(
-    tensor: torch.Tensor, *, copy: bool = False, name: str = "the tensor", committed: bool = True
-) -> jax.Array:
-    """`to_jax` of one tensor; `name` is how errors call it.
+def tensor_to_jax(tensor: torch.Tensor, *, copy: bool = False, name: str = "the tensor") -> jax.Array:
+    """`to_jax` of one tensor; `name` is how errors call it."""
+    return jax.dlpack.from_dlpack(_as_jax_has_it(tensor, copy=copy, name=name))
 
-    DLPack commits an array to the tensor's device. With `committed=False` it is like an initialiser's, wherever that
-    does not cost the sharing of memory: on JAX's default device, and free to follow what it is computed with.
+
+def leaves_to_jax(tensors: Mapping[str, torch.Tensor], *, copy: bool = False) -> dict[str, jax.Array]:
+    """`to_jax` of the tensors of a model, by name, as an initialiser's arrays are.
+
+    DLPack commits an array to the tensor's device. Wherever that does not cost the sharing of memory, these are not:
+    on JAX's default device, and free to follow what they are computed with.
     """
+    dense = {name: _as_jax_has_it(tensor, copy=copy, name=name) for name, tensor in tensors.items()}
+    on_cpu = {name: tensor for name, tensor in dense.items() if tensor.is_cpu}
+    with jax.ensure_compile_time_eval():
+        arrays = jax.device_put({name: _as_numpy(tensor) for name, tensor in on_cpu.items()})
+    for name, tensor in dense.items():
+        shares = name in on_cpu and (not tensor.numel() or _shares(arrays[name], tensor))
+        if name not in on_cpu or not (shares or jax.default_backend() != "cpu"):
+            view = jax.dlpack.from_dlpack(tensor)
+            arrays[name] = view if name not in on_cpu or _shares(view, tensor) else arrays[name]
+    return {name: arrays[name] for name in dense}
+
+
+def _as_jax_has_it(tensor: torch.Tensor, *, copy: bool, name: str) -> torch.Tensor:
+    """The tensor in a dtype and layout that JAX can view."""
     if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
         raise TypeError(
             f"to_jax: {name} is a {'meta' if tensor.device.type == 'meta' else 'fake'} tensor of "
@@ -98,23 +117,17 @@ def tensor_to_jax(
         tensor, copy = tensor.to(dtypes.to_torch_dtype(wanted)), False
     if copy or not _is_dense(tensor):
         tensor = tensor.clone(memory_format=torch.contiguous_format)
-    return jax.dlpack.from_dlpack(tensor) if committed or not tensor.is_cpu else _uncommitted(tensor)
+    return tensor
 
 
-def _uncommitted(tensor: torch.Tensor) -> jax.Array:
-    dtype = dtypes.to_jax_dtype(tensor.dtype)
+def _as_numpy(tensor: torch.Tensor) -> np.ndarray:
     is_native = tensor.dtype == torch.bool or tensor.is_complex()  # NumPy has these, and no bfloat16
     bits = tensor if is_native else tensor.view(getattr(torch, f"uint{8 * tensor.itemsize}"))
-    with jax.ensure_compile_time_eval():
-        array = jax.device_put(bits.numpy().view(dtype))
-    if not tensor.numel() or jax.default_backend() != "cpu" or _shares(array, tensor):
-        return array
-    view = jax.dlpack.from_dlpack(tensor)
-    return view if _shares(view, tensor) else array
+    return bits.numpy().view(dtypes.to_jax_dtype(tensor.dtype))
 
 
 def _shares(array: jax.Array, tensor: torch.Tensor) -> bool:
-    return array.addressable_data(0).unsafe_buffer_pointer() == tensor.data_ptr()
+    return jax.default_backend() == "cpu" and array.unsafe_buffer_pointer() == tensor.data_ptr()
 
 
 def array_to_torch(array: jax.Array, *, copy: bool = False, name: str = "the array") -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 import torch
 
-from ..interop.arrays import tensor_to_jax
+from ..interop.arrays import leaves_to_jax
 from ..interop.aten import storage_of
 from ..interop.errors import StateError
 from ..interop.function import check_options
@@ -175,10 +175,11 @@ class FunctionalModule:
 
     def leaves(self, module: torch.nn.Module, *, copy: bool) -> dict[Kind, dict[str, jax.Array]]:
         """The weights of `module` as jax arrays, by kind and torch name: views where JAX can view them."""
+        arrays = leaves_to_jax({f"{self.name}.{name}": x for name, x in named_tensors(module)}, copy=copy)
         leaves: dict[Kind, dict[str, jax.Array]] = {"params": {}, "frozen": {}, "buffers": {}}
-        for name, tensor in named_tensors(module):
-            leaf = tensor_to_jax(tensor, copy=copy, name=f"{self.name}.{name}", committed=False)
-            leaves[self.specs[name].kind][name] = leaf
+        for name, leaf in arrays.items():
+            own = name.removeprefix(f"{self.name}.")
+            leaves[self.specs[own].kind][own] = leaf
         return leaves
 
     def with_weights(self, weights: Weights, *, training: bool) -> torch.nn.Module:

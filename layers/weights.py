@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from ..interop.arrays import array_to_torch, tensor_to_jax
+from ..interop.arrays import array_to_torch, leaves_to_jax
 from .functional_module import FunctionalModule
 from .skeleton import named_tensors
 
@@ -78,7 +78,7 @@ def load_state_dict(model: Any, state_dict: Mapping[str, Any], state: Any = None
             f"load_state_dict: the state dict does not fit {module.name}: missing {missing}, unexpected {unexpected}. "
             "Rename or drop entries, or start from `torchleaf.state_dict(model)`."
         )
-    loaded: dict[str, jax.Array] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, leaf in names.items():
         if leaf is None:
             continue
@@ -87,8 +87,8 @@ def load_state_dict(model: Any, state_dict: Mapping[str, Any], state: Any = None
             raise ValueError(
                 f"load_state_dict: {name!r} has shape {tuple(tensor.shape)}, but {module.name} has {spec.shape}."
             )
-        loaded[leaf] = tensor_to_jax(tensor.detach().to(spec.dtype), copy=copy, name=name, committed=False)
-    weights = {**source.weights, **loaded}
+        tensors[leaf] = tensor.detach().to(spec.dtype)
+    weights = {**source.weights, **leaves_to_jax(tensors, copy=copy)}
     if None in names.values():
         module = _with_extra_state(source, weights, state_dict)
     return source.replace(weights, module)
