@@ -48,6 +48,10 @@ class TorchCall:
     linear_operands: frozenset[int] = frozenset()
     """Operands the call is (jointly) linear in, given the others."""
     differentiated: bool = False
+    handle_operand: int | None = None
+    """The operand that is a handle."""
+    makes_handle: bool = False
+    """Whether the last output is one."""
     plain_kernels: bool = False
     """Whether running the call may ask torch for derivatives that fused kernels lack."""
 
@@ -56,6 +60,7 @@ class TorchCall:
 
     def __init__(self) -> None:
         self._derived: dict[Any, Any] = {}
+        self._repeated: dict[torch.device, Repeated] = {}
 
     def run(self, *tensors: torch.Tensor) -> Tensors:
         """Compute, in a way that composes with an enclosing transform."""
@@ -71,21 +76,27 @@ class TorchCall:
 
     def run_repeatedly(self, work: Callable[..., Tensors], tensors: Tensors) -> Tensors:
         """What `work` returns on `tensors`, recorded if that is still to be done."""
-        repeated = self.repeated if tensors and tensors[0].is_cpu else None
+        repeated = self.repeated_on(tensors[0].device) if tensors else None
         return work(*tensors) if repeated is None else repeated.run(work, tensors)
 
     def replay(self, operands: Tensors, results: Tensors) -> bool:
         """Write into `results` what earlier runs give on these operands; False where they cannot tell."""
-        repeated = self.repeated
+        repeated = self.repeated_on(results[0].device) if results else None
         if repeated is None or repeated.replays is None:
             return False
         repeated.replays[0]([], *operands, *results)
         return True
 
+    def repeated_on(self, device: torch.device) -> Repeated | None:
+        """Recordings of the call on a device, if it may be recorded."""
+        if device not in self._repeated and self.is_repeatable:
+            self._repeated.setdefault(device, Repeated())
+        return self._repeated.get(device)
+
     @cached_property
-    def repeated(self) -> Repeated | None:
-        """Recordings of the call, if it may be recorded."""
-        return Repeated() if self.operations <= LARGE and self.recordable else None
+    def is_repeatable(self) -> bool:
+        """Whether it may be recorded."""
+        return self.operations <= LARGE and self.recordable
 
     @property
     def recordable(self) -> bool:
@@ -155,8 +166,10 @@ class Base(TorchCall):
     - `operand_names`: how errors call the operands.
     - `state`: operands that are state, each with the output that is its new value.
     - `buffers`: operands that could be state; torch has no derivatives by many of them.
+    - `device`: where it was traced, and is likely to run.
     - `fakeable`: whether `function` can run on fake tensors (False if it inspects values).
     - `pure`: whether it runs the same ops each time, so far as a trace tells.
+    - `captures`: whether it computes with tensors of its own, as far as is known.
     - `grad_mode`: whether `function` has to run in torch's default grad mode in any case.
     - `fused_kernels`: those it uses that are replaced under higher derivatives (`kernels.py`).
     - `forward_mode`, `vmap_method`, `residuals`, `replay`: the user's options.
@@ -173,8 +186,10 @@ class Base(TorchCall):
         state: tuple[tuple[int, int], ...],
         buffers: tuple[int, ...],
         operations: float,
+        device: torch.device,
         fakeable: bool,
         pure: bool,
+        captures: bool,
         grad_mode: bool,
         fused_kernels: frozenset[str],
         forward_mode: bool,
@@ -185,8 +200,8 @@ class Base(TorchCall):
         super().__init__()
         self.base = self
         self.function, self.name, self._operand_names = function, name, operand_names
-        self.operations, self.fused_kernels = operations, fused_kernels
-        self.fakeable, self.pure, self.grad_mode = fakeable, pure, grad_mode
+        self.operations, self.device, self.fused_kernels = operations, device, fused_kernels
+        self.fakeable, self.pure, self.captures, self.grad_mode = fakeable, pure, captures, grad_mode
         self.in_avals, self.out_avals, self.state = tuple(in_avals), tuple(out_avals), state
         self.buffers = buffers
         self.forward_mode, self.vmap_method, self.residuals = forward_mode, vmap_method, residuals

@@ -47,6 +47,7 @@ class _Derivative(TorchCall):
         self.operations = 3 * inner.operations
         self.n_inner = len(inner.in_avals)
         self.n_primals = self.n_inner + live
+        self.handle_operand = self.n_inner if live else None
         linear_avals, self.out_avals = self._direction(take(inner.in_avals, active), take(inner.out_avals, outs))
         self.in_avals = (*inner.in_avals, *([HANDLE] * live), *linear_avals)
         self.linear_operands = frozenset(range(self.n_primals, len(self.in_avals)))
@@ -151,10 +152,10 @@ class Jvp(_Derivative):
     def _strategy(self) -> Callable[..., Tensors]:
         """Forward mode where torch has every formula; else reverse mode twice; else plain autograd."""
         _load_forward_mode()
-        if self.inner.composable and trial_run(self._trial(_forward_mode), self.in_avals) is None:
+        if self.inner.composable and trial_run(self._trial(_forward_mode), self.in_avals, self.base.device) is None:
             return _forward_mode
         pullback = self.inner.derive(Vjp, self.active, self.outs, False)
-        if pullback.composable and trial_run(self._trial(_reverse_twice), self.in_avals) is None:
+        if pullback.composable and trial_run(self._trial(_reverse_twice), self.in_avals, self.base.device) is None:
             return _reverse_twice
         return reverse.pushforward
 
@@ -249,7 +250,7 @@ class Vjp(_Derivative):
 
     @cached_property
     def composable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self.inner.composable and trial_run(self._trial, self.in_avals) is None
+        return self.inner.composable and trial_run(self._trial, self.in_avals, self.base.device) is None
 
     def _trial(self, *tensors: torch.Tensor) -> None:
         self._functional(*tensors)

@@ -21,7 +21,7 @@ class PerExampleVjp(TorchCall):
 
     def __init__(self, vjp: Vjp, in_dims: tuple[int | None, ...], size: int):
         super().__init__()
-        self._vjp, self._in_dims, self._size = vjp, in_dims, size
+        self._vjp, self._in_dims, self._size, self.handle_operand = vjp, in_dims, size, vjp.handle_operand
         inner, self._kept = vjp.recomputing()
         self._plain = vmap(inner, take(in_dims, self._kept), size)
         self._batch = (in_dims[: vjp.n_inner], size)
@@ -88,7 +88,7 @@ def over_batch(call: TorchCall, in_dims: tuple[int | None, ...], size: int) -> T
     """
     if isinstance(call, residuals.Save) and call.batch is None and call.base.vmap_method != "batched":
         live = call.inner.derive(residuals.Save, call.active, (in_dims, size))
-        return None if live.operations <= SMALL and live.repeated is not None else live
+        return None if live.operations <= SMALL and live.is_repeatable else live
     if isinstance(call, Vjp) and call.live and in_dims[call.n_inner] is None:
         forward = over_batch(call.inner.derive(residuals.Save, call.active), in_dims[: call.n_inner], size)
         return None if forward is None else call.derive(PerExampleVjp, in_dims, size)

@@ -14,7 +14,6 @@ view, `Tensor.expand`), so that its gradients are those of the examples.
 """
 
 import itertools
-import weakref
 from collections.abc import Callable
 
 import jax
@@ -23,7 +22,7 @@ import torch
 from .batching import vmap
 from .call import Tensors, TorchCall
 from .graph import Batch, Graph, Tape
-from .handles import HANDLE, handle_of, number_of, number_of_array, write_handle
+from .handles import HANDLE, handle_of, number_of, when_dropped, write_handle
 from .hidden_writes import hidden_writes
 from .repeated import Repeated
 
@@ -56,6 +55,7 @@ class Save(TorchCall):
         self.operations = self._graphed.operations
         self.name = f"save({self._plain.name})"
         self.in_avals, self.out_avals = self._plain.in_avals, (*self._plain.out_avals, HANDLE)
+        self.makes_handle = True
         self._shelf = _Shelf()
         self._keepable: bool | None = None  # known after the first run
 
@@ -86,17 +86,17 @@ class Save(TorchCall):
     def repeat(self, *tensors: torch.Tensor) -> Tensors:
         if not self._keeps:
             return *self._plain.repeat(*tensors), handle_of(0)
-        return self._save(tensors, self.repeated if tensors[0].is_cpu else None)
+        return self._save(tensors, self.repeated_on(tensors[0].device))
 
     def replay(self, operands: Tensors, results: Tensors) -> bool:
         if not self._keeps:
-            write_handle(results[-1], 0)
+            hand_over(results[-1], 0)
             return self._plain.replay(operands, results[:-1])
-        repeated = self.repeated
+        repeated = self.repeated_on(operands[0].device)
         if repeated is None or repeated.replays is None:
             return False
         kept = repeated.replays[0]([], *operands, *results[:-1])
-        write_handle(results[-1], self._shelf.put(Tape(repeated, kept, self.batch)))
+        hand_over(results[-1], self._shelf.put(Tape(repeated, kept, self.batch)))
         return True
 
     def _save(self, tensors: Tensors, repeated: Repeated | None) -> Tensors:
@@ -194,6 +194,13 @@ def take_tape(handle: torch.Tensor, active: tuple[int, ...], outs: tuple[int, ..
     return tape
 
 
+def hand_over(handle: torch.Tensor, number: int) -> None:
+    """Write a number into a handle; what lay there on a GPU is gone, and so is its graph."""
+    before = write_handle(handle, number)
+    if before:
+        _drop(before)
+
+
 def discard(handle: torch.Tensor | None) -> None:
     """Drop the graph of a handle, for which there is no use."""
     if handle is not None:
@@ -202,7 +209,7 @@ def discard(handle: torch.Tensor | None) -> None:
 
 def drop_with(handle: jax.Array) -> None:
     """Drop the graph when this handle array dies: for eager calls, whose backward may never come."""
-    weakref.finalize(handle, _drop, number_of_array(handle)).atexit = False
+    when_dropped(handle, _drop)
 
 
 def _drop(number: int, how: Callable[[_Shelf, int], None] = _Shelf.remove) -> Kept | None:
