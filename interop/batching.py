@@ -176,10 +176,11 @@ def _find_batch_axes(call: Vmap) -> tuple[int, ...]:
     in_avals = [
         _batched_aval(a, None if d is None else 0, size) for a, d in zip(call.inner.in_avals, call.in_dims, strict=True)
     ]
-    if (
-        trial_run(lambda *tensors: shapes.extend(tuple(y.shape) for y in call.inner.run(*tensors)), in_avals)
-        is not None
-    ):
+
+    def note_shapes(*tensors: torch.Tensor) -> None:
+        shapes.extend(tuple(y.shape) for y in call.inner.run(*tensors))
+
+    if trial_run(note_shapes, in_avals, call.base.device) is not None:
         return (0,) * len(avals)
     axes = tuple(shape.index(size) if size in shape else 0 for shape in shapes)
     for i, (shape, axis) in enumerate(zip(shapes, axes, strict=True)):
@@ -206,7 +207,9 @@ def _vmap_failure(call: Vmap) -> str | None:
     """Why torch.func.vmap cannot batch `call.inner`: torch's first sentence, which names the op."""
     if not call.inner.composable:
         return "it reads values, or torch.func cannot transform its derivative"
-    failure = trial_run(lambda *tensors: _functional(call, *_batch_first(call, tensors)), call.in_avals)
+    failure = trial_run(
+        lambda *tensors: _functional(call, *_batch_first(call, tensors)), call.in_avals, call.base.device
+    )
     return None if failure is None else quote(failure).split(". ")[0].split("\n")[0]
 
 

@@ -16,6 +16,7 @@ from .ambient import autocast_here
 from .arguments import Arguments, Filler
 from .arrays import array_to_torch
 from .call import Aval, Residuals, VmapMethod
+from .device import device_here
 from .errors import TorchCallError
 from .host_random import numpy_generator_watched
 from .kernels import COMPILED, NONE, compiled_code, plain_kernels
@@ -164,10 +165,11 @@ class TorchFunction:
         like = key.like if isinstance(key, LateKey) else key
         key_type = None if key is None else (getattr(like, "dtype", None), getattr(like, "shape", None))
         x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-        signature = (arguments.key, x64, autocast_here(), key_type, stateful)
+        device = device_here(arguments.operands)
+        signature = (arguments.key, x64, device.type, autocast_here(), key_type, stateful)
         specialized = self._specialized.get(signature)
         if specialized is None:
-            specialized = self._specialized[signature] = self._specialize(arguments, like, stateful)
+            specialized = self._specialized[signature] = self._specialize(arguments, like, stateful, device)
         operands = arguments.operands
         if specialized.random:
             made = key.make() if isinstance(key, LateKey) else key
@@ -202,7 +204,7 @@ class TorchFunction:
     def check(self, found: Trace, *, stateful: bool) -> None:
         """Refuse what the trace found and the call cannot do."""
 
-    def _specialize(self, arguments: Arguments, key: Any, stateful: bool) -> Specialized:
+    def _specialize(self, arguments: Arguments, key: Any, stateful: bool, device: torch.device) -> Specialized:
         """Trace the callable for one signature."""
         arguments.check_signature()
         wanted, fill = self.operand_dtypes(arguments.avals), arguments.filler()
@@ -216,12 +218,13 @@ class TorchFunction:
             self.name,
             names,
             [(a.shape, d) for a, d in zip(avals, wanted, strict=True)],
+            device,
             self.state_operands,
             has_key=key is not None,
             key_remedy=self.key_remedy,
         )
         with numpy_generator_watched(self.name):
-            found = trace(traced, out_shape=self._out_shape, example=lambda: self._example(arguments, wanted))
+            found = trace(traced, out_shape=self._out_shape, example=lambda: self._example(arguments, wanted, device))
         self.check(found, stateful=stateful)
         found = replace(found, fused_kernels=found.fused_kernels | compiled_code(self._fn))
         run = self.runner(fill, found, stateful=stateful)
@@ -232,10 +235,20 @@ class TorchFunction:
         if not (found.random or found.fakeable):
             run = _without_key(run, self.name, self.key_remedy)
         return Specialized(
-            run, names, avals, wanted, found, name=self.name, buffers=self.state_operands, **self._options
+            run,
+            names,
+            avals,
+            wanted,
+            found,
+            name=self.name,
+            device=device,
+            buffers=self.state_operands,
+            **self._options,
         )
 
-    def _example(self, arguments: Arguments, wanted: Sequence[torch.dtype]) -> list[torch.Tensor] | None:
+    def _example(
+        self, arguments: Arguments, wanted: Sequence[torch.dtype], device: torch.device
+    ) -> list[torch.Tensor] | None:
         """Values to run the callable on once: `example_args` of the same shapes, or the arguments if not traced."""
         operands = arguments.operands
         if any(isinstance(x, Tracer) for x in operands):
@@ -250,8 +263,11 @@ class TorchFunction:
                 )
             operands = example.operands
         with jax.ensure_compile_time_eval():
-            tensors = [array_to_torch(x, copy=True).to(d) for x, d in zip(operands, wanted, strict=False)]
-        return [*tensors, *(torch.zeros(2, dtype=torch.uint32) for _ in wanted[len(tensors) :])]  # any key will do
+            tensors = [array_to_torch(x, copy=True).to(device, d) for x, d in zip(operands, wanted, strict=False)]
+        return [
+            *tensors,
+            *(torch.zeros(2, dtype=torch.uint32, device=device) for _ in wanted[len(tensors) :]),
+        ]  # any key will do
 
 
 def _with_key(run: Flat, *, kernels: frozenset[str]) -> Flat:

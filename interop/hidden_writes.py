@@ -47,7 +47,7 @@ def hidden_writes(call: TorchCall) -> bool:
 
     if not call.composable:
         return True
-    failure = trial_run(differentiate, (*call.in_avals, *cotangents))
+    failure = trial_run(differentiate, (*call.in_avals, *cotangents), call.base.device)
     if any(w.in_forward for w in found) or _LEAF_WRITTEN in str(failure):
         raise TorchCallError(
             f"{call.name} writes into an argument only where that requires gradients, so that it and its gradient "

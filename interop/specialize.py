@@ -9,6 +9,7 @@ import torch
 
 from . import ambient, dtypes
 from .call import Aval, Base, Tensors
+from .device_random import can_draw
 from .errors import TorchCallError
 from .static import static_key
 from .trace import Flat, Trace
@@ -24,6 +25,7 @@ class Specialized:
     - `operand_names`, `in_avals`: the operands.
     - `wanted`: the torch dtype each operand arrives in.
     - `found`: what tracing found.
+    - `device`: where it is likely to run.
     - `options`: those of `Base`.
     """
 
@@ -36,6 +38,7 @@ class Specialized:
         found: Trace,
         *,
         name: str,
+        device: torch.device,
         **options: Any,
     ):
         self._name, self._function, self._found = name, function, found
@@ -58,8 +61,10 @@ class Specialized:
             out_avals=out_avals,
             state=tuple(zip(found.state, range(self._n_outs, len(out_avals)), strict=True)),
             operations=found.operations,
+            device=device,
             fakeable=found.fakeable,
-            pure=found.fakeable and not (found.random or found.checkpoints),
+            pure=found.fakeable and not found.checkpoints and (not found.random or can_draw(device)),
+            captures=found.captures,
             grad_mode=found.grad_mode,
             fused_kernels=found.fused_kernels,
             **options,

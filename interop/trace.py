@@ -13,6 +13,7 @@ from torch._guards import active_fake_mode
 from torch._subclasses import fake_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from . import dtypes, kernels
 from .aten import bound, in_checkpoint, written
@@ -49,6 +50,8 @@ class Trace:
     """How many floating-point operations it takes, about (`operations.py`)."""
     random: bool
     """Whether it draws random numbers, or may draw them depending on values."""
+    captures: bool = True
+    """Whether it computes with tensors of its own, or may do so."""
     checkpoints: bool = False
     """Whether it uses `torch.utils.checkpoint`."""
     fakeable: bool = True
@@ -70,6 +73,8 @@ class Traceable:
     operand_names: Sequence[str]
     specs: Sequence[tuple[tuple[int, ...], torch.dtype]]
     """Shapes and torch dtypes of the operands."""
+    device: torch.device
+    """Where they lie."""
     state_operands: tuple[int, ...]
     """Operands whose values after the call the function returns beside its output."""
     has_key: bool
@@ -119,7 +124,9 @@ def _trace_values(
         return anything
     operands = example()
     if operands is None and not _depends_on_values(cause):
-        operands = [torch.zeros(s, dtype=d) for s, d in traced.specs]  # shapes alone decide what it does
+        operands = [
+            torch.zeros(s, dtype=d, device=traced.device) for s, d in traced.specs
+        ]  # shapes alone decide what it does
     if operands is None:
         raise TorchCallError(
             f"{traced.name} {reason}, so the shapes of its outputs cannot be inferred without values.\n"
@@ -179,7 +186,9 @@ def _why_not_fakeable(exc: Exception) -> str | None:
 
 def _observe_fake(traced: Traceable, *, grad_mode: bool) -> Trace:
     with fake_mode():
-        return _observe(traced, [torch.empty(s, dtype=d) for s, d in traced.specs], grad_mode=grad_mode)
+        return _observe(
+            traced, [torch.empty(s, dtype=d, device=traced.device) for s, d in traced.specs], grad_mode=grad_mode
+        )
 
 
 def _is_same_without_gradients(traced: Traceable, found: Trace) -> bool:
@@ -224,8 +233,16 @@ def _observe(traced: Traceable, operands: list[torch.Tensor], *, grad_mode: bool
         fused_kernels=frozenset(observer.fused_kernels),
         operations=observer.operations,
         random=observer.random,
+        captures=observer.captures,
         checkpoints=observer.checkpoints,
     )
+
+
+_NO_CAPTURES = (fake_tensor.FakeTensor, BatchSizes)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
 def _check_state(traced: Traceable, state: dict[int, Any]) -> None:
@@ -298,7 +315,7 @@ class _Observer(TorchDispatchMode):
         self.mutated: set[int] = set()
         self.fused_kernels: set[str] = set()
         self.operations = 0.0
-        self.random = self.checkpoints = False
+        self.random = self.checkpoints = self.captures = False
         self._key_remedy = key_remedy  # None: there is a key
         self._fake = active_fake_mode() is not None  # then what the callable makes is fake, and only that
         self._operand_of = {s.cdata: i for i, s in enumerate(storages)}
@@ -312,6 +329,7 @@ class _Observer(TorchDispatchMode):
                 raise refuse(self.name, func, self._key_remedy)
             self.random = True
         self.checkpoints |= in_checkpoint()
+        self.captures |= not all(isinstance(x, _NO_CAPTURES) for x in tree_leaves((args, kwargs)) if _is_tensor(x))
         for tensor in written(func, arguments):
             self._note_write(tensor)
         output = func(*args, **kwargs)

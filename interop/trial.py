@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import dtypes
 from .ambient import neutral
-from .kernels import COMPILED, differentiable_path, plain_kernels
+from .kernels import COMPILED, differentiable_path, plain_kernels, without_cudnn
 from .packed import BatchSizes
 
 _fake_logger = logging.getLogger("torch._subclasses.fake_tensor")
@@ -30,6 +30,7 @@ def fake_mode() -> Iterator[None]:
             _FakeMode(allow_non_fake_inputs=True),
             torch.no_grad(),
             differentiable_path(),
+            without_cudnn(),
             eager,
         ):
             yield
@@ -50,9 +51,9 @@ class _FakeMode(FakeTensorMode):
         return super().__torch_dispatch__(func, tuple({*types} - {BatchSizes}), args, kwargs)
 
 
-def empty_like_avals(avals: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+def empty_like_avals(avals: Sequence[Any], device: torch.device) -> tuple[torch.Tensor, ...]:
     """Uninitialised tensors of the JAX shapes and dtypes `avals`."""
-    return tuple(torch.empty(a.shape, dtype=dtypes.to_torch_dtype(a.dtype)) for a in avals)
+    return tuple(torch.empty(a.shape, dtype=dtypes.to_torch_dtype(a.dtype), device=device) for a in avals)
 
 
 @contextlib.contextmanager
@@ -66,11 +67,11 @@ def _without_vmap_fallback() -> Iterator[None]:
         _functorch._set_vmap_fallback_enabled(enabled)
 
 
-def trial_run(function: Callable[..., Any], avals: Sequence[Any]) -> Exception | None:
-    """Run `function` on fake tensors; the exception it raised, if any."""
+def trial_run(function: Callable[..., Any], avals: Sequence[Any], device: torch.device) -> Exception | None:
+    """Run `function` on fake tensors of a device; the exception it raised, if any."""
     try:
         with neutral(), fake_mode(), plain_kernels(), _without_vmap_fallback():
-            function(*empty_like_avals(avals))
+            function(*empty_like_avals(avals, device))
     except Exception as exc:
         return exc
     return None
