@@ -42,6 +42,7 @@ class Memory:
     storage: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    n_bytes: int
     is_filled: bool
     """Whether the tensor, contiguous, is all that the storage holds."""
 
@@ -50,7 +51,7 @@ class Memory:
         """That of a tensor, whose storage has this number."""
         n_bytes = tensor.numel() * tensor.itemsize
         is_filled = 0 < n_bytes == tensor.untyped_storage().nbytes() and tensor.is_contiguous()
-        return cls(storage, tensor.dtype, tuple(tensor.shape), is_filled)
+        return cls(storage, tensor.dtype, tuple(tensor.shape), n_bytes, is_filled)
 
 
 @dataclass

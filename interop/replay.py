@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .cuda_graphs import MOST_BYTES, Captured
 from .recording import Part, Recorder, Slot, Step, memory_key
 from .static import static_key
 
@@ -57,6 +58,8 @@ class Code:
         self.values = {self._show(Slot(n)): recorder.constants[n] for n in outside if n in recorder.constants}
         """The globals of the code: constants, ops, and what has no literal."""
         self.source = "\n    ".join(self._lines(steps, inputs, len(part.outputs)))
+        self._made_bytes = sum(self._memory[slot.number].n_bytes for step in steps for slot in step.results if slot)
+        self._is_on_gpu = any(x.is_cuda for x in part.results)
 
     def same_as(self, other: "Code") -> bool:
         """Whether both do the same. Each holds its constants, so equal addresses are of the same tensors."""
@@ -66,7 +69,8 @@ class Code:
         """The code as a function."""
         scope: dict[str, Any] = {**self.values}
         exec(self.source, scope)
-        return scope["run"]
+        run = scope["run"]
+        return Captured(run) if self._is_on_gpu and self._made_bytes <= MOST_BYTES else run
 
     def _keys(self) -> dict[str, Any]:
         return {k: memory_key(v) if isinstance(v, torch.Tensor) else static_key(v) for k, v in self.values.items()}
