@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .aten import bound, in_checkpoint
+from .device_random import DeviceDraws, can_draw
 from .errors import RandomnessError
 
 _functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
@@ -129,9 +130,16 @@ class WithKey(TorchDispatchMode):
 
     def __init__(self, key: torch.Tensor):
         super().__init__()
-        self._batch, words = _examples(key)
-        self._is_fake = words is None
-        self._generators = [_Generators(_seed(row)) for row in words or ()]
+        self._batch, self._words = _examples(key)
+        self._on_device = None
+        if self._words is not None and can_draw(self._words.device):
+            self._on_device = DeviceDraws(self._words, self._batch)
+
+    @functools.cached_property
+    def _generators(self) -> "list[_Generators]":
+        """Those of each example, seeded by its key, which the host has to read."""
+        assert self._words is not None
+        return [_Generators(_seed(row)) for row in self._words.tolist()]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -142,22 +150,32 @@ class WithKey(TorchDispatchMode):
             drawn = func.decompose(*args, **kwargs)  # under `torch.inference_mode` ops come undecomposed
         if drawn is not NotImplemented:
             return drawn
-        rows = list(self._rows(func, args, kwargs)) if self._batch else [(args, kwargs)]
-        if self._is_fake:
+        if self._batch:
+            self._check_batch(func, args, kwargs)
+        if self._words is None:
             return func(*args, **kwargs)
+        if self._on_device is not None and _device(args, kwargs).type == self._words.device.type:
+            drawn = self._on_device.draw(func, args, kwargs)
+            if drawn is not NotImplemented:
+                return drawn
+        rows = self._rows(func, args, kwargs) if self._batch else [(args, kwargs)]
         outs = [_draw(g, func, *row) for g, row in zip(self._generators, rows, strict=True)]
         if not self._batch:
             return outs[0]
         return args[0] if _is_in_place(func) else self._join(outs)
 
-    def _rows(self, func: Any, args: Any, kwargs: Any) -> Iterator[tuple[list[Any], dict[str, Any]]]:
-        """The arguments of each example."""
-        n = len(self._batch)
+    def _check_batch(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Raise for an op that does not draw for the whole batch, along its leading axes."""
         names = [a.name for a in func._schema.arguments]
         values = [*zip(names, args, strict=False), *kwargs.items()]
         shapes = [tuple(v.shape) if isinstance(v, torch.Tensor) else tuple(v) for k, v in values if _is_batched(k, v)]
+        n = len(self._batch)
         if func.overloadpacket.__name__ not in _EXAMPLE_BY_EXAMPLE or any(s[:n] != self._batch for s in shapes):
             raise RuntimeError(f"{func} cannot draw for each example of a batch at once")
+
+    def _rows(self, func: Any, args: Any, kwargs: Any) -> Iterator[tuple[list[Any], dict[str, Any]]]:
+        """The arguments of each example."""
+        n, names = len(self._batch), [a.name for a in func._schema.arguments]
 
         def row(name: str, value: Any, index: tuple[int, ...]) -> Any:
             if not _is_batched(name, value):
@@ -190,8 +208,8 @@ def _is_batched(name: str, value: Any) -> bool:
     return isinstance(value, torch.Tensor) or name == "size"
 
 
-def _examples(key: torch.Tensor) -> tuple[tuple[int, ...], list[list[int]] | None]:
-    """The sizes of the enclosing `torch.func.vmap`s, outermost first, and the words of each example's key.
+def _examples(key: torch.Tensor) -> tuple[tuple[int, ...], torch.Tensor | None]:
+    """The sizes of the enclosing `torch.func.vmap`s, outermost first, and the words of each example's key: [n, words].
 
     On fake tensors there are no words. Axes that are no vmap's (a natively batched call) are words too.
     """
@@ -208,7 +226,7 @@ def _examples(key: torch.Tensor) -> tuple[tuple[int, ...], list[list[int]] | Non
         for i, (level, _) in enumerate(sorted(levels)):  # an axis is counted among those of inner levels
             key = key.movedim(axes[level] + i, i) if level in axes else key.unsqueeze(i)
         key = key.expand(*batch, *key.shape[len(batch) :])
-        return batch, key.reshape(math.prod(batch), -1).tolist()
+        return batch, key.reshape(math.prod(batch), -1)
 
 
 def _seed(words: Sequence[int]) -> int:
