@@ -1,8 +1,8 @@
 """Which kernels torch runs: those it can differentiate, in the place of those it cannot.
 
 Fused attention has neither a forward-mode formula nor a second derivative (pytorch issues 98164, 117629,
-154226), oneDNN's recurrent layers have no batching rule for their backward, compiled code has first-order reverse
-mode only. torch's plain kernels have all.
+154226), recurrent layers of oneDNN and cuDNN have no batching rule for their backward, compiled code has first-order
+reverse mode only. torch's plain kernels have all.
 The fast path of `nn.TransformerEncoder` and `nn.MultiheadAttention` runs only where no gradient is asked for. With a
 mask it gives other values at padded positions than the path gradients take, so there it stays off: a function and its
 gradient must be of one function.
@@ -66,13 +66,13 @@ def _without_compiler() -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def _without_onednn() -> Iterator[None]:
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False
+def _without(library: Any) -> Iterator[None]:
+    """Without `torch.backends.mkldnn` (oneDNN) or `torch.backends.cudnn`."""
+    before, library.enabled = library.enabled, False
     try:
         yield
     finally:
-        torch.backends.mkldnn.enabled = before
+        library.enabled = before
 
 
 @contextlib.contextmanager
@@ -107,9 +107,14 @@ class _Shared:
                     self._exit.close()
 
 
-_SWITCHES = {"attention": _Shared(lambda: sdpa_kernel(SDPBackend.MATH)), "recurrent": _Shared(_without_onednn)}
-_SWITCHES[COMPILED] = _Shared(_without_compiler)
+_ONEDNN = _Shared(lambda: _without(torch.backends.mkldnn))
+_CUDNN = _Shared(lambda: _without(torch.backends.cudnn))
 _FAST_PATH = _Shared(_without_fast_path)
+_SWITCHES = {
+    "attention": (_Shared(lambda: sdpa_kernel(SDPBackend.MATH)),),
+    "recurrent": (_ONEDNN, _CUDNN),
+    COMPILED: (_Shared(_without_compiler),),
+}
 
 
 @contextlib.contextmanager
@@ -117,13 +122,19 @@ def plain_kernels(kernels: frozenset[str] = ALL) -> Iterator[None]:
     """Run torch's plain kernels instead of the fused ones named."""
     with contextlib.ExitStack() as stack:
         for kernel in sorted(kernels & _SWITCHES.keys()):
-            stack.enter_context(_SWITCHES[kernel].held())
+            for switch in _SWITCHES[kernel]:
+                stack.enter_context(switch.held())
         yield
 
 
 def differentiable_path() -> contextlib.AbstractContextManager[None]:
     """Run the code torch runs when gradients are wanted."""
     return _FAST_PATH.held()
+
+
+def without_cudnn() -> contextlib.AbstractContextManager[None]:
+    """Around runs on fake tensors: cuDNN's recurrent layers look at the memory of their weights."""
+    return _CUDNN.held()
 
 
 @contextlib.contextmanager

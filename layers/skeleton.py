@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .recurrent import join_weights
+
 
 class Skeleton:
     """A module whose weights are put in and taken out again for each call.
@@ -52,7 +54,7 @@ class SkeletonPool:
     each other's weights."""
 
     def __init__(self, skeleton: torch.nn.Module, *, training: bool):
-        self._original = in_mode(_copy(skeleton), training=training)
+        self._original = join_weights(in_mode(_copy(skeleton), training=training))
         self._free: collections.deque[Skeleton] = collections.deque()
 
     def borrow(self) -> Skeleton:
