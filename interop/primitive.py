@@ -1,7 +1,7 @@
 """`torch_call`: one JAX primitive for every torch call, and its rules."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -186,7 +186,14 @@ def _dce(used_outputs: list[bool], eqn: Any) -> tuple[list[bool], Any]:
     return [i in operands for i in range(len(eqn.invars))], smaller
 
 
-partial_eval.dce_rules[torch_call_p] = _dce
+def _as_jax_calls_it(dce: Callable[..., Any]) -> Callable[..., Any]:
+    """Since JAX 0.12 a DCE rule is also told which inputs are live, which matters to Refs alone."""
+    if jax.__version_info__ < (0, 12):
+        return dce
+    return lambda used_outputs, live_inputs, eqn: dce(used_outputs, eqn)
+
+
+partial_eval.dce_rules[torch_call_p] = _as_jax_calls_it(_dce)
 
 
 # --- rematerialisation ---------------------------------------------------------------------------

@@ -56,7 +56,13 @@ BAD = {
         ["9.19.0", "/one/libcudnn.so.9, /two/libcudnn.so.9", "LD_LIBRARY_PATH"],
     ),
     "old jax": (Versions({"jax": "0.9.2"}, {"jax": ">=0.10"}), "broken", ["0.9.2", '`pip install -U "jax>=0.10"`']),
-    "new jax": (Versions({"jax": "0.12.0"}, {"jax": ">=0.10,<0.12"}), "broken", ["0.12.0", "<0.12"]),
+    "new jax": (
+        Versions({"jax": "0.13.0"}, {"jax": "<0.13,>=0.10"}),
+        "note",
+        ["0.13.0, newer than what torchleaf was tried with", "report it", '`pip install -U "jax<0.13,>=0.10"`'],
+    ),
+    "old jax with a bound": (Versions({"jax": "0.9.2"}, {"jax": "<0.13,>=0.10"}), "broken", ["needs <0.13,>=0.10"]),
+    "new flax": (Versions({"flax": "0.13.1"}, {"flax": "<0.13,>=0.12"}), "note", ["0.13.1, newer than"]),
     "old python": (Versions({"python": "3.10.4"}, {"python": ">=3.11"}), "broken", ["Use a Python >=3.11"]),
     "no torch": (Versions({"torch": None}, {"torch": ">=2.11"}), "broken", ["not installed", "torch>=2.11"]),
     "no flax": (Versions({"flax": None}, {}), "note", ["not installed", "pip install flax"]),
@@ -123,12 +129,20 @@ def test_ranges_are_those_of_packaging(version, asked):
     assert within(version, asked) == SpecifierSet(asked).contains(version)
 
 
+@pytest.mark.parametrize("version", ["0.9.9", "0.10", "0.12.9", "0.13", "2.0"])
+def test_upper_bounds_are_left_out(version):
+    for asked in (">=0.10,<0.13", "<=0.12,>=0.10", "<0.13"):
+        lower = ",".join(part for part in asked.split(",") if part[0] != "<")
+        assert within(version, asked, above=True) == SpecifierSet(lower).contains(version)
+
+
 # --- the facts are true ---------------------------------------------------------------------------
 
 
 def test_versions_are_what_pyproject_promises():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    promised = {r.name: r.specifier for r in map(Requirement, project["dependencies"])}
+    asked = [*project["dependencies"], *project["optional-dependencies"]["flax"]]
+    promised = {r.name: r.specifier for r in map(Requirement, asked)}
     gathered = Versions.gather()
     assert {name: SpecifierSet(text) for name, text in gathered.ranges.items()} == {
         "python": SpecifierSet(project["requires-python"]),
@@ -137,6 +151,8 @@ def test_versions_are_what_pyproject_promises():
     assert gathered.installed["jax"] == jax.__version__
     assert gathered.installed["torch"] == torch.__version__
     assert gathered.ranges.keys() <= gathered.installed.keys()
+    for name in promised:
+        assert within(gathered.installed[name], str(promised[name])), name
 
 
 def test_threads(monkeypatch):
