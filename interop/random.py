@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .aten import bound, in_checkpoint
 from .errors import RandomnessError
+from .zeros import with_memory
 
 _functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -118,7 +119,7 @@ class WithoutKey(TorchDispatchMode):
         self._name, self._remedy = name, remedy
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        func, kwargs = with_memory(func), kwargs or {}
         if draws(func, bound(func, args, kwargs)):
             raise refuse(self._name, func, self._remedy)
         return func(*args, **kwargs)
@@ -134,7 +135,7 @@ class WithKey(TorchDispatchMode):
         self._generators = [_Generators(_seed(row)) for row in words or ()]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        func, kwargs = with_memory(func), kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags or not draws(func, bound(func, args, kwargs)):
             return func(*args, **kwargs)
         _refuse_checkpoint(func)
