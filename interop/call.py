@@ -8,9 +8,8 @@ The kinds, each built on another call down to the user's callable:
 - `Save(f, active)`: `f`, keeping torch's autograd graph for one of the above (`residuals.py`);
 - `Vmap(f, in_dims, out_dims)`: `f` over a batch axis (`batching.py`).
 
-How a call is carried out depends on what torch supports, decided once, when the call is compiled, by
-trial runs on fake tensors (`trial.py`): `torch.func` transforms where they have the rules, otherwise
-`torch.autograd` and loops, which always work.
+How a call is carried out is its plan (`plan.py`): `torch.func` transforms where they have the rules and have proven
+right, otherwise `torch.autograd` and loops, which always are.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,9 +20,11 @@ import jax
 import torch
 
 from . import ambient
+from .choice import Choice
 from .dtypes import is_inexact
-from .errors import signature_text
-from .kernels import COMPILED, chosen
+from .errors import quote, signature_text
+from .kernels import COMPILED, FUSED, NONE, chosen, lacking_derivatives, refuse_scripted
+from .plan import CERTAIN, Plan, Transform
 from .repeated import LARGE, Repeated
 from .tangents import in_forward_mode, stopped_by_no_grad
 
@@ -33,6 +34,7 @@ VmapMethod = Literal["auto", "vmap", "batched", "loop"]
 Residuals = Literal["live", "recompute"]
 Linearized = tuple["TorchCall", tuple[int, ...], tuple[int, ...]]
 Derived = TypeVar("Derived")
+Axes = tuple[tuple[int, ...], ...]
 
 
 class TorchCall:
@@ -47,13 +49,23 @@ class TorchCall:
     """Operands that are state, each with the output that is its new value, through which no gradient flows."""
     linear_operands: frozenset[int] = frozenset()
     """Operands the call is (jointly) linear in, given the others."""
+    directions: frozenset[int] = frozenset()
+    """Operands that are tangents or cotangents, of this derivative or of one within."""
     differentiated: bool = False
     handle_operand: int | None = None
     """The operand that is a handle."""
     makes_handle: bool = False
     """Whether the last output is one."""
-    plain_kernels: bool = False
-    """Whether running the call may ask torch for derivatives that fused kernels lack."""
+
+    inner: "TorchCall | None" = None
+    """The call it is built on."""
+    depth: int = 0
+    """How many levels it is away from the user's callable."""
+    transform: Transform | None = None
+    """The transform of torch.func that could carry out this level."""
+    in_axes: Axes
+    out_axes: Axes
+    """Of each operand and of each output, the axes that are batches."""
 
     operations: float
     """How many floating-point operations the call takes, about."""
@@ -61,17 +73,68 @@ class TorchCall:
     def __init__(self) -> None:
         self._derived: dict[Any, Any] = {}
         self._repeated: dict[torch.device, Repeated] = {}
+        self.choice = Choice()
 
-    def run(self, *tensors: torch.Tensor) -> Tensors:
-        """Compute, in a way that composes with an enclosing transform."""
+    def levels(self) -> "list[TorchCall]":
+        """The call, the one it is built on, and so forth; without the user's callable."""
+        return [] if self.inner is None else [self, *self.inner.levels()]
+
+    def compute(self, plan: Plan, *tensors: torch.Tensor) -> Tensors:
+        """Compute by a plan."""
         raise AssertionError("abstract")
+
+    def fewer_examples(self) -> "TorchCall":
+        """The same call with at most two examples in each batch."""
+        raise AssertionError("abstract")
+
+    def tell_of_loop(self, because: str) -> None:
+        """Of a batch: say that it runs as a loop, or refuse to."""
 
     def execute(self, *tensors: torch.Tensor) -> Tensors:
         """Compute, outermost: called by the compiled program under `torch.no_grad()`."""
-        return self.run(*tensors)
+        return self.by_plan(tensors, lambda plan: self.compute(plan, *tensors))
+
+    def by_plan(self, tensors: Tensors, work: Callable[[Plan], Tensors]) -> Tensors:
+        """What `work` returns with a plan that is right on operands, or on the first few of them."""
+        plan = self.settled(tensors)
+        try:
+            return work(plan)
+        except RuntimeError as exc:  # torch may take other branches than in the proof
+            if plan == CERTAIN or not str(exc).startswith("vmap: "):
+                raise
+            self.choice.reject(self, plan, quote(exc))
+        return self.by_plan(tensors, work)
+
+    def sampled(self, tensors: Tensors) -> "tuple[TorchCall, Tensors]":
+        """The same call with at most two examples in each batch, and those of its operands, or of the first few."""
+        call = self.fewer_examples()
+        return call, tuple(map(_ends, tensors, self.in_axes))
+
+    def settled(self, tensors: Tensors) -> Plan:
+        """The plan of the call, proven on operands if it is not yet."""
+        if not self.choice.is_final:
+            self.choice.settle(self, tensors)
+        return self.choice.plan
+
+    @property
+    def plain_kernels(self) -> frozenset[str]:
+        """The fused kernels that the call has to do without, since it asks torch for rules that they lack."""
+        lacking = FUSED if self.choice.plan.core > 0 else NONE
+        return self.base.fused_kernels & (lacking | self._lacking_derivatives)
+
+    @cached_property
+    def _lacking_derivatives(self) -> frozenset[str]:
+        """The fused kernels that lack the derivatives that the call takes."""
+        derivatives = [level.transform for level in self.levels() if level.transform in ("jvp", "vjp")]
+        # What is differentiated after a Jacobian-vector product by reverse mode is the backward's backward.
+        order = len(derivatives) + derivatives[1:].count("jvp")
+        lacking = lacking_derivatives(order, forward="jvp" in derivatives)
+        refuse_scripted(self.base.name, self.base.fused_kernels, lacking)
+        return lacking
 
     def repeat(self, *tensors: torch.Tensor) -> Tensors:
         """`execute`, for one of many runs."""
+        self.settled(tensors)  # a proof is not to be recorded
         return self.run_repeatedly(self.execute, tensors)
 
     def run_repeatedly(self, work: Callable[..., Tensors], tensors: Tensors) -> Tensors:
@@ -104,12 +167,14 @@ class TorchCall:
         raise AssertionError("abstract")
 
     def prepare(self) -> None:
-        """Decide how to run, before the first run: trial runs cannot nest."""
+        """Decide how to run, before the first run."""
+        for level in self.levels():
+            level.explore()
+        self._lacking_derivatives  # noqa: B018 (raises where torch has none)
+        self.choice.prepare(self)
 
-    @property
-    def composable(self) -> bool:
-        """Whether `run` may stand inside a `torch.func` transform."""
-        raise AssertionError("abstract")
+    def explore(self) -> None:
+        """Find out by trial runs what running this level needs to know; they cannot nest."""
 
     def derive(self, kind: Callable[..., Derived], *statics: Any) -> Derived:
         """`kind(self, *statics)`, one object per set of statics, so that JAX's caches hit."""
@@ -203,12 +268,20 @@ class Base(TorchCall):
         self.operations, self.device, self.fused_kernels = operations, device, fused_kernels
         self.fakeable, self.pure, self.captures, self.grad_mode = fakeable, pure, captures, grad_mode
         self.in_avals, self.out_avals, self.state = tuple(in_avals), tuple(out_avals), state
+        self.in_axes, self.out_axes = ((),) * len(in_avals), ((),) * len(out_avals)
         self.buffers = buffers
         self.forward_mode, self.vmap_method, self.residuals = forward_mode, vmap_method, residuals
         self.wants_replay = replay
         self.warned = False  # about falling back to a loop
 
+    def compute(self, plan: Plan, *tensors: torch.Tensor) -> Tensors:
+        return self.run(*tensors)
+
+    def fewer_examples(self) -> "TorchCall":
+        return self
+
     def run(self, *tensors: torch.Tensor) -> Tensors:
+        """What the callable returns, in torch's modes of this moment."""
         if in_forward_mode():
             with stopped_by_no_grad():
                 return self.function(*tensors)
@@ -216,10 +289,6 @@ class Base(TorchCall):
             return self.function(*tensors)
         with torch.enable_grad():  # torch's default: the callable may take gradients itself
             return self.function(*tensors)
-
-    @property
-    def composable(self) -> bool:
-        return self.fakeable
 
     @property
     def recordable(self) -> bool:
@@ -248,3 +317,12 @@ def execute(call: TorchCall, *tensors: torch.Tensor, repeats: bool) -> Tensors:
 def take(items: Sequence[Any], indices: Sequence[int]) -> tuple[Any, ...]:
     """The items at `indices`."""
     return tuple(items[i] for i in indices)
+
+
+def _ends(tensor: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
+    """The first and the last slice along each axis."""
+    for axis in axes:
+        if tensor.shape[axis] > 2:
+            ends = torch.tensor([0, tensor.shape[axis] - 1], device=tensor.device)
+            tensor = tensor.index_select(axis, ends)
+    return tensor

@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradien
 
 from .call import Tensors, TorchCall
 from .kernels import compiling
+from .plan import Plan
 from .recording import storage_of
 from .repeated import Repeated
 
@@ -50,11 +51,11 @@ class Graph:
         self._inputs: list[GradientEdge] = []
         self._outputs: list[GradientEdge | None] = []
 
-    def forward(self, tensors: Tensors, operands: Callable[[Tensors], Tensors]) -> Tensors:
+    def forward(self, plan: Plan, tensors: Tensors, operands: Callable[[Tensors], Tensors]) -> Tensors:
         """Run the call on the operands that are made of `tensors`, and keep its graph; nothing of them is kept."""
-        return self._recorded(tensors, lambda: self._forward(operands(tensors)))
+        return self._recorded(tensors, lambda: self._forward(plan, operands(tensors)))
 
-    def _forward(self, operands: Tensors) -> Tensors:
+    def _forward(self, plan: Plan, operands: Tensors) -> Tensors:
         self._saved.operand_of = {storage_of(x): i for i, x in enumerate(operands)}
         self._saved.operands = operands  # the call may itself go backward
         compiled = compiling(self._call.base.fused_kernels, self._saved.pack)
@@ -64,7 +65,7 @@ class Graph:
             for i, x in zip(self._active, entered, strict=True):
                 given[i] = x
             try:
-                outs = self._call.run(*given)
+                outs = self._call.compute(plan, *given)
             finally:
                 self._saved.operands = ()
         self._inputs = [_edge(x) for x in entered]

@@ -17,6 +17,7 @@ from .dtypes import is_inexact
 from .errors import RandomnessError, TorchCallError
 from .random import draws
 from .trial import trial_run
+from .zeros import with_memory
 
 
 def hidden_writes(call: TorchCall) -> bool:
@@ -36,7 +37,7 @@ def hidden_writes(call: TorchCall) -> bool:
         def function(*xs: torch.Tensor) -> Tensors:
             for i, x in zip(active, xs, strict=True):
                 operands[i] = x
-            outs = call.run(*operands)
+            outs = call.base.run(*operands)
             watch.in_forward, watch.writes, watch.random = watch.writes, False, None  # what follows is backward
             return take(outs, call.inexact_outs)
 
@@ -45,7 +46,7 @@ def hidden_writes(call: TorchCall) -> bool:
         with watch:
             reverse.pullback(function, take(tensors, active), tensors[n:])
 
-    if not call.composable:
+    if not call.base.fakeable:
         return True
     failure = trial_run(differentiate, (*call.in_avals, *cotangents), call.base.device)
     if any(w.in_forward for w in found) or _LEAF_WRITTEN in str(failure):
@@ -75,7 +76,7 @@ class _Watch(TorchDispatchMode):
         self._storages = {x.untyped_storage()._cdata for x in tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        func, kwargs = with_memory(func), kwargs or {}
         arguments = bound(func, args, kwargs)
         self.writes |= any(x.untyped_storage()._cdata in self._storages for x in written(func, arguments))
         if draws(func, arguments):

@@ -1,6 +1,7 @@
 """Random numbers that torch code draws past torch, from NumPy's global generator: no key drives them."""
 
 import contextlib
+import random
 import warnings
 from collections.abc import Iterator
 
@@ -20,3 +21,14 @@ def numpy_generator_watched(name: str) -> Iterator[None]:
             "numbers. Draw by torch, or switch it off (in transformers, apply_spec_augment=False).",
             stacklevel=3,
         )
+
+
+@contextlib.contextmanager
+def host_generators_kept() -> Iterator[None]:
+    """Around runs that nobody asked for: what they draw from Python's and NumPy's generators is drawn again."""
+    before = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])

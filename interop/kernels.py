@@ -18,23 +18,56 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from . import formulas
+from .errors import TorchCallError
+
 NONE: frozenset[str] = frozenset()
 MASKED = "masked attention"
 COMPILED = "compiled"
-ALL = frozenset({"attention", "recurrent", MASKED, COMPILED})
+SCRIPTED = "scripted"
+FUSED = frozenset({"attention", "recurrent", MASKED, COMPILED})
+ALL = FUSED | formulas.WRONG
 
-_MARKS = {
+_MARKS = formulas.MARKS | {
     "attention": ("attention", "transformer_encoder", "attn"),
     "recurrent": ("rnn", "lstm", "gru"),
 }
 
 
 def fused_kernels(op_name: str, arguments: Mapping[str, Any]) -> frozenset[str]:
-    """Which of the replaceable kernels an aten op stands for."""
+    """Which of the replaceable kernels an aten op stands for, which is running; `SCRIPTED` if TorchScript runs it."""
     found = frozenset(kernel for kernel, marks in _MARKS.items() if any(mark in op_name for mark in marks))
+    if _in_script():
+        found |= {SCRIPTED, *(_scripted(kernel) for kernel in found)}
     if "attention" in found and (arguments.get("attn_mask") is not None or arguments.get("is_causal")):
         return found | {MASKED}
     return found
+
+
+def lacking_derivatives(order: int, *, forward: bool) -> frozenset[str]:
+    """The kernels that have to be replaced for derivatives of an order, or in forward mode."""
+    if order < 2 and not forward:
+        return NONE
+    return ALL if order > 2 else FUSED | formulas.WRONG_TWICE
+
+
+def refuse_scripted(name: str, kernels: frozenset[str], lacking: frozenset[str]) -> None:
+    """Raise where TorchScript runs ops by formulas that would have to be replaced, and cannot be within it."""
+    wrong = sorted(kernel for kernel in lacking & formulas.WRONG if _scripted(kernel) in kernels)
+    if wrong:
+        raise TorchCallError(
+            f"{name}: TorchScript runs a {wrong[0]}, of which torch has this derivative wrong (a higher one). Pass the "
+            "function or module that was scripted instead: outside TorchScript, torchleaf composes it of other ops."
+        )
+
+
+def _scripted(kernel: str) -> str:
+    return f"{SCRIPTED} {kernel}"
+
+
+def _in_script() -> bool:
+    trace = torch._C._profiler.gather_traceback(False, True, False)
+    return any(torch._C._profiler.symbolize_tracebacks([trace]))
 
 
 def compiled_code(function: Callable[..., Any]) -> frozenset[str]:
@@ -124,6 +157,8 @@ def plain_kernels(kernels: frozenset[str] = ALL) -> Iterator[None]:
         for kernel in sorted(kernels & _SWITCHES.keys()):
             for switch in _SWITCHES[kernel]:
                 stack.enter_context(switch.held())
+        if kernels & formulas.WRONG:
+            stack.enter_context(formulas.Composed(kernels & formulas.WRONG))
         yield
 
 
@@ -146,9 +181,11 @@ def _both(kernels: frozenset[str]) -> Iterator[None]:
 _NO_CHANGE = contextlib.nullcontext()
 
 
-def chosen(kernels: frozenset[str], *, inference: bool, plain: bool) -> contextlib.AbstractContextManager[None]:
-    """Around a call that uses `kernels`: in inference or for derivatives, by plain kernels or as it is."""
+def chosen(
+    kernels: frozenset[str], *, inference: bool, plain: frozenset[str]
+) -> contextlib.AbstractContextManager[None]:
+    """Around a call that uses `kernels`: in inference or for derivatives, some of them `plain`."""
     differentiable = "attention" in kernels and (MASKED in kernels or not inference)
     if plain:
-        return _both(kernels) if differentiable else plain_kernels(kernels)
+        return _both(plain) if differentiable else plain_kernels(plain)
     return differentiable_path() if differentiable else _NO_CHANGE

@@ -17,7 +17,8 @@ from .call import TorchCall, take
 from .derivative import Jvp, Vjp, linearize
 from .handles import HANDLE
 from .per_example import over_batch
-from .residuals import Save, drop_with
+from .residuals import drop_with
+from .save import Save
 
 torch_call_p = Primitive("torch_call")
 torch_call_p.multiple_results = True

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .aten import bound, in_checkpoint
 from .device_random import DeviceDraws, can_draw
 from .errors import RandomnessError
+from .zeros import with_memory
 
 _functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -119,7 +120,7 @@ class WithoutKey(TorchDispatchMode):
         self._name, self._remedy = name, remedy
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        func, kwargs = with_memory(func), kwargs or {}
         if draws(func, bound(func, args, kwargs)):
             raise refuse(self._name, func, self._remedy)
         return func(*args, **kwargs)
@@ -142,7 +143,7 @@ class WithKey(TorchDispatchMode):
         return [_Generators(_seed(row)) for row in self._words.tolist()]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        func, kwargs = with_memory(func), kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags or not draws(func, bound(func, args, kwargs)):
             return func(*args, **kwargs)
         _refuse_checkpoint(func)

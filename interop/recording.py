@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .aten import bound, written
 from .random import draws
+from .zeros import with_memory
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -134,7 +135,7 @@ class Recorder(TorchDispatchMode):
         return outputs
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        func, kwargs = with_memory(func), kwargs or {}
         if self.failure is not None:
             return func(*args, **kwargs)
         if not isinstance(func, torch._ops.OpOverload):
@@ -226,7 +227,6 @@ _OF_GEOMETRY = {_aten.is_same_size.default, _aten._has_same_storage_numel.defaul
 """Ops that ask for shapes alone, which stay the same."""
 
 _PLAIN = {  # ops whose effect is more than memory, and those that do as much with memory
-    _aten._efficientzerotensor.default: _aten.zeros.default,
     _aten.as_strided_.default: _aten.as_strided.default,
     _aten.squeeze_.default: _aten.squeeze.default,
     _aten.squeeze_.dim: _aten.squeeze.dim,

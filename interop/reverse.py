@@ -22,18 +22,18 @@ def pullback(function: Function, xs: Tensors, cotangents: Tensors) -> Tensors:
         return gradients(outs, leaves, cotangents, create_graph=create_graph)
 
 
-def pushforward(function: Function, xs: Tensors, tangents: Tensors) -> Tensors:
-    """`J t` by reverse mode alone: the pullback of the pullback, or row by row where torch cannot repeat it."""
+def pushforward(function: Function, xs: Tensors, tangents: Tensors, *, by_rows: bool = True) -> Tensors:
+    """`J t` by reverse mode alone: the pullback of the pullback, or `by_rows` where torch cannot repeat it."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         try:
             outs, leaves = _forward(function, xs)
-            # ct -> J^H ct is linear, so its own pullback, at any ct, is t -> J t.
-            cotangents = tuple(torch.zeros_like(y).requires_grad_() for y in outs)
+            # ct -> J^H ct is linear, so its own pullback, at any ct, is t -> J t. Some formulas take logarithms of ct.
+            cotangents = tuple(torch.full_like(y, 2**-7).requires_grad_() for y in outs)
             grads = gradients(outs, leaves, cotangents, create_graph=True)
             return gradients(grads, cotangents, tangents, create_graph=create_graph)
         except RuntimeError as exc:
-            if not any(reason in str(exc) for reason in _ONCE_DIFFERENTIABLE):
+            if not (by_rows and any(reason in str(exc) for reason in _ONCE_DIFFERENTIABLE)):
                 raise
         outs, leaves = _forward(function, xs)
         return tuple(_rows(y, leaves, tangents, create_graph=create_graph) for y in outs)

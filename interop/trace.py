@@ -24,6 +24,7 @@ from .packed import BatchSizes
 from .random import draws, refuse
 from .trees import flatten_registering, leaf_names
 from .trial import fake_mode
+from .zeros import with_memory
 
 _DATA_DEPENDENT = (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException)
 _NO_FAKE_KERNEL = (fake_tensor.UnsupportedOperatorException, fake_tensor.UnsupportedFakeTensorException)
@@ -321,7 +322,7 @@ class _Observer(TorchDispatchMode):
         self._operand_of = {s.cdata: i for i, s in enumerate(storages)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        func, kwargs = with_memory(func), kwargs or {}
         arguments = bound(func, args, kwargs)
         self.fused_kernels |= kernels.fused_kernels(func.name(), arguments)
         if draws(func, arguments):
