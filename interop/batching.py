@@ -52,9 +52,9 @@ class Vmap(TorchCall):
         self.in_avals = tuple(_batched_aval(a, d, size) for a, d in zip(inner.in_avals, in_dims, strict=True))
         self.out_avals = tuple(_batched_aval(a, d, size) for a, d in zip(inner.out_avals, out_dims, strict=True))
         self.transform = "vmap" if self._way is _by_examples and method != "loop" else None
-        own = self._way is _by_examples
-        self.in_axes = tuple(_batched_axes(a, d, own=own) for a, d in zip(inner.in_axes, in_dims, strict=True))
-        self.out_axes = tuple(_batched_axes(a, d, own=own) for a, d in zip(inner.out_axes, out_dims, strict=True))
+        own = self.depth if self._way is _by_examples else None
+        self.in_axes = tuple(_batched_axes(a, d, own) for a, d in zip(inner.in_axes, in_dims, strict=True))
+        self.out_axes = tuple(_batched_axes(a, d, own) for a, d in zip(inner.out_axes, out_dims, strict=True))
 
     @property
     def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -260,8 +260,8 @@ def _batched_aval(aval: Aval, dim: int | None, size: int) -> Aval:
     return Aval((*aval.shape[:dim], size, *aval.shape[dim:]), aval.dtype)
 
 
-def _batched_axes(axes: tuple[int, ...], dim: int | None, *, own: bool) -> tuple[int, ...]:
-    """The batch axes of an operand or output when one more axis is put in at `dim`, which is its `own`."""
+def _batched_axes(axes: dict[int, int], dim: int | None, own: int | None) -> dict[int, int]:
+    """The batch axes of an operand or output when there is one more at `dim`, that of the level `own`."""
     if dim is None:
         return axes
-    return (*(a + (a >= dim) for a in axes), *([dim] * own))
+    return {level: a + (a >= dim) for level, a in axes.items()} | ({} if own is None else {own: dim})

@@ -34,7 +34,7 @@ VmapMethod = Literal["auto", "vmap", "batched", "loop"]
 Residuals = Literal["live", "recompute"]
 Linearized = tuple["TorchCall", tuple[int, ...], tuple[int, ...]]
 Derived = TypeVar("Derived")
-Axes = tuple[tuple[int, ...], ...]
+Axes = tuple[dict[int, int], ...]
 
 
 class TorchCall:
@@ -65,7 +65,7 @@ class TorchCall:
     """The transform of torch.func that could carry out this level."""
     in_axes: Axes
     out_axes: Axes
-    """Of each operand and of each output, the axes that are batches."""
+    """Of each operand and of each output, the axes that are batches, by the level whose examples they number."""
 
     operations: float
     """How many floating-point operations the call takes, about."""
@@ -125,12 +125,16 @@ class TorchCall:
     @cached_property
     def _lacking_derivatives(self) -> frozenset[str]:
         """The fused kernels that lack the derivatives that the call takes."""
-        derivatives = [level.transform for level in self.levels() if level.transform in ("jvp", "vjp")]
         # What is differentiated after a Jacobian-vector product by reverse mode is the backward's backward.
-        order = len(derivatives) + derivatives[1:].count("jvp")
-        lacking = lacking_derivatives(order, forward="jvp" in derivatives)
+        order = len(self.derivatives) + self.derivatives[1:].count("jvp")
+        lacking = lacking_derivatives(order, forward="jvp" in self.derivatives)
         refuse_scripted(self.base.name, self.base.fused_kernels, lacking)
         return lacking
+
+    @cached_property
+    def derivatives(self) -> tuple[Transform, ...]:
+        """The derivatives among its levels, the outermost first."""
+        return tuple(level.transform for level in self.levels() if level.transform in ("jvp", "vjp"))
 
     def repeat(self, *tensors: torch.Tensor) -> Tensors:
         """`execute`, for one of many runs."""
@@ -268,7 +272,7 @@ class Base(TorchCall):
         self.operations, self.device, self.fused_kernels = operations, device, fused_kernels
         self.fakeable, self.pure, self.captures, self.grad_mode = fakeable, pure, captures, grad_mode
         self.in_avals, self.out_avals, self.state = tuple(in_avals), tuple(out_avals), state
-        self.in_axes, self.out_axes = ((),) * len(in_avals), ((),) * len(out_avals)
+        self.in_axes, self.out_axes = ({},) * len(in_avals), ({},) * len(out_avals)
         self.buffers = buffers
         self.forward_mode, self.vmap_method, self.residuals = forward_mode, vmap_method, residuals
         self.wants_replay = replay
@@ -319,9 +323,9 @@ def take(items: Sequence[Any], indices: Sequence[int]) -> tuple[Any, ...]:
     return tuple(items[i] for i in indices)
 
 
-def _ends(tensor: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
+def _ends(tensor: torch.Tensor, axes: dict[int, int]) -> torch.Tensor:
     """The first and the last slice along each axis."""
-    for axis in axes:
+    for axis in axes.values():
         if tensor.shape[axis] > 2:
             ends = torch.tensor([0, tensor.shape[axis] - 1], device=tensor.device)
             tensor = tensor.index_select(axis, ends)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .errors import TorchCallError, quote
-from .plan import CERTAIN, Plan, candidates
+from .plan import CERTAIN, Plan, candidates, needs_audit
 from .proof import disagreement
 from .trial import trial_run
 
@@ -55,17 +55,17 @@ class Choice:
     def _advance(self, call: "TorchCall") -> None:
         """Take the next plan that passes a trial."""
         assert self._rest
-        while (plan := self._rest.pop(0)) != CERTAIN:
+        while (plan := self._rest.pop(0)).core:
             small = call.fewer_examples()
             failure = trial_run(functools.partial(small.compute, plan), small.in_avals, call.base.device)
             if failure is None:
                 break
             self._give_up(plan, quote(failure))
-        self.plan, self.is_final = plan, plan == CERTAIN
+        self.plan, self.is_final = plan, not plan.core and (plan.audited or not needs_audit(call))
         try:
             _tell_of_loops(call, self)
         except TorchCallError:
-            self._rest = None  # to be refused again
+            self._rest, self.is_final = None, False  # to be refused again
             raise
 
     def _give_up(self, plan: Plan, reason: str) -> None:

@@ -19,6 +19,7 @@ from .handles import HANDLE
 from .hidden_writes import hidden_writes
 from .once import Once
 from .plan import Plan
+from .tangents import one_at_a_time
 from .zeros import real_zeros
 
 
@@ -55,7 +56,7 @@ class _Derivative(TorchCall):
         linear_avals, self.out_avals = self._direction(take(inner.in_avals, active), take(inner.out_avals, outs))
         linear_axes, self.out_axes = self._direction(take(inner.in_axes, active), take(inner.out_axes, outs))
         self.in_avals = (*inner.in_avals, *([HANDLE] * live), *linear_avals)
-        self.in_axes = (*inner.in_axes, *([()] * live), *linear_axes)
+        self.in_axes = (*inner.in_axes, *([{}] * live), *linear_axes)
         self.linear_operands = frozenset(range(self.n_primals, len(self.in_avals)))
         self.directions = inner.directions | self.linear_operands
         if live:
@@ -167,7 +168,7 @@ class Jvp(_Derivative):
         self.base.derive(hidden_writes)  # raises where torch's backward pass is not to be used
         if self.depth <= plan.core:
             return _reverse_twice(function, xs, linear)
-        return reverse.pushforward(function, xs, linear, by_rows=plan.by_rows)
+        return reverse.pushforward(function, xs, linear, rows=plan.rows, audited=plan.audited)
 
     @property
     def _writes(self) -> bool:
@@ -202,7 +203,7 @@ def _load_forward_mode() -> None:
 
 
 def _forward_mode(function: Callable[..., Tensors], xs: Tensors, tangents: Tensors) -> Tensors:
-    with torch.enable_grad():
+    with one_at_a_time(), torch.enable_grad():
         return torch.func.jvp(function, xs, tangents)[1]
 
 
@@ -241,9 +242,11 @@ class Vjp(_Derivative):
         return self.inner.derive(Jvp, take(self.active, outs), chosen, self.live), tuple(range(self.n_primals))
 
     def _differentiate(self, plan: Plan, function: Callable[..., Tensors], xs: Tensors, linear: Tensors) -> Tensors:
+        linear = reverse.conj(linear)
+        if self.depth <= plan.core:
+            return reverse.conj(_reverse_mode(function, xs, linear))
         # Outside of torch.func's transforms torch.autograd is cheaper than torch.func and supports more.
-        pullback = reverse.pullback if self.depth > plan.core else _reverse_mode
-        return reverse.conj(pullback(function, xs, reverse.conj(linear)))
+        return reverse.conj(reverse.pullback(function, xs, linear, audited=plan.audited))
 
     def execute(self, *tensors: torch.Tensor) -> Tensors:
         return self._by_graph(tensors) or super().execute(*tensors)

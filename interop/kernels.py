@@ -20,11 +20,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import formulas
 from .errors import TorchCallError
+from .tangents import one_at_a_time, uses_forward_mode
 
 NONE: frozenset[str] = frozenset()
 MASKED = "masked attention"
 COMPILED = "compiled"
 SCRIPTED = "scripted"
+FORWARD_MODE = "forward mode"
 FUSED = frozenset({"attention", "recurrent", MASKED, COMPILED})
 ALL = FUSED | formulas.WRONG
 
@@ -35,10 +37,12 @@ _MARKS = formulas.MARKS | {
 
 
 def fused_kernels(op_name: str, arguments: Mapping[str, Any]) -> frozenset[str]:
-    """Which of the replaceable kernels an aten op stands for, which is running; `SCRIPTED` if TorchScript runs it."""
+    """Which of the replaceable kernels an aten op stands for, which is running; and what runs it: TorchScript, forward mode."""
     found = frozenset(kernel for kernel, marks in _MARKS.items() if any(mark in op_name for mark in marks))
     if _in_script():
         found |= {SCRIPTED, *(_scripted(kernel) for kernel in found)}
+    if uses_forward_mode():
+        found |= {FORWARD_MODE}
     if "attention" in found and (arguments.get("attn_mask") is not None or arguments.get("is_causal")):
         return found | {MASKED}
     return found
@@ -178,6 +182,12 @@ def _both(kernels: frozenset[str]) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _in_turn(context: contextlib.AbstractContextManager[None]) -> Iterator[None]:
+    with one_at_a_time(), context:
+        yield
+
+
 _NO_CHANGE = contextlib.nullcontext()
 
 
@@ -185,6 +195,8 @@ def chosen(
     kernels: frozenset[str], *, inference: bool, plain: frozenset[str]
 ) -> contextlib.AbstractContextManager[None]:
     """Around a call that uses `kernels`: in inference or for derivatives, some of them `plain`."""
+    if FORWARD_MODE in kernels:  # the callable's own
+        return _in_turn(chosen(kernels - {FORWARD_MODE}, inference=inference, plain=plain))
     differentiable = "attention" in kernels and (MASKED in kernels or not inference)
     if plain:
         return _both(plain) if differentiable else plain_kernels(plain)

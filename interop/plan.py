@@ -8,10 +8,11 @@ and where, at the first run, it gives what `torch.autograd` and loops give (`cho
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from .kernels import SCRIPTED
+from .reverse import Rows
 
 if TYPE_CHECKING:
     from .call import TorchCall
@@ -31,8 +32,10 @@ class Plan:
     """Whether batches within the core go by `torch.func.vmap`, rather than by loops."""
     real_zeros: bool = False
     """Whether tangents of zeros have memory in forward mode (`zeros.py`)."""
-    by_rows: bool = True
-    """Whether Jacobian-vector products outside the core may go row by row where there are no two VJPs."""
+    rows: Rows = "where needed"
+    """Whether Jacobian-vector products outside the core go row by row, rather than by two VJPs."""
+    audited: bool = False
+    """Whether torch.autograd is watched for gradients that cannot be differentiated."""
     differences: int = 0
     """The level whose Jacobian-vector product goes by finite differences, if any."""
 
@@ -41,11 +44,16 @@ CERTAIN = Plan()
 """torch.autograd and loops alone."""
 
 
+def needs_audit(call: "TorchCall") -> bool:
+    """Whether torch.autograd, if it alone differentiates, has to differentiate gradients of its own."""
+    return len(call.derivatives) > 1 or "jvp" in call.derivatives
+
+
 def candidates(call: "TorchCall") -> Iterator[Plan]:
-    """Plans for a call, the fastest first; the last is certain."""
+    """Plans for a call, the fastest first; the last raises where torch has no derivative."""
     levels = call.levels()
     # TorchScript's optimiser cuts graphs of gradients off, from the second run on, where torch.func differentiates.
-    scripted = SCRIPTED in call.base.fused_kernels and sum(x.transform in ("jvp", "vjp") for x in levels) > 1
+    scripted = SCRIPTED in call.base.fused_kernels and len(call.derivatives) > 1
     if call.base.fakeable and not scripted:
         for i, level in enumerate(levels):
             if level.transform not in ("jvp", "vmap"):
@@ -54,3 +62,6 @@ def candidates(call: "TorchCall") -> Iterator[Plan]:
             if {x.transform for x in levels[i:]} >= {"jvp", "vmap"}:
                 yield Plan(level.depth, forward=False) if level.transform == "vmap" else Plan(level.depth, batched=False)
     yield CERTAIN
+    if needs_audit(call):
+        yield replace(CERTAIN, rows="always")
+        yield replace(CERTAIN, audited=True)
