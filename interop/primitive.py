@@ -202,7 +202,11 @@ partial_eval.dce_rules[torch_call_p] = _as_jax_calls_it(_dce)
 
 def _remat(saveable: Any, unknown: Sequence[bool], recomputed: Sequence[bool], eqn: Any) -> tuple[Any, ...]:
     """`jax.checkpoint`: a forward call that is run again would keep its graph from then on, and XLA, which does not
-    know what a graph weighs, runs it early. So a backward call does without one unless the policy saves its handle."""
+    know what a graph weighs, runs it early. So a backward call does without one unless the policy saves its handle.
+
+    `jax_remat3` asks no such rule, and needs none: it runs a block again when the block's cotangents are there, not
+    before, and the graphs that the block keeps are those that its backward calls use, at once.
+    """
     n = len(eqn.outvars)
     residuals = [x for x, again in zip(eqn.invars, recomputed, strict=True) if isinstance(x, Var) and not again]
     if any(unknown):

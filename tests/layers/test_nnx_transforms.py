@@ -239,6 +239,7 @@ def test_gradients_of_a_pure_function():
     assert rest["1"]["num_batches_tracked"][...] == 0
 
 
+@pytest.mark.usefixtures("each_remat")
 @modes
 def test_remat(mode):
     plain, rematerialised = (TorchModule(_network(dropout=0.5), copy=True, rngs=nnx.Rngs(0)) for _ in range(2))
