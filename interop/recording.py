@@ -7,6 +7,7 @@ Source: [TorchDispatchMode](https://docs.pytorch.org/docs/stable/notes/extending
 idea is that of [make_fx](https://docs.pytorch.org/docs/stable/func.api.html) and CUDA graphs.
 """
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -64,6 +65,8 @@ class Step:
     """None for what is no new tensor."""
     is_sequence: bool
     writes: bool
+    checks: bool
+    """Whether it may refuse the values of its operands, so that it counts though nobody uses what it returns."""
     grad_mode: bool
     """Whether gradients are enabled: some ops ask."""
 
@@ -147,7 +150,11 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         given = tree_map_only(torch.Tensor, self._slot, (args, kwargs))
         before = [memory_key(x) for x in targets]
-        output = func(*args, **kwargs)
+        try:
+            output = func(*args, **kwargs)
+        except Exception:
+            self.failure = f"{func} refuses the values of its operands, and who called it knows what to do"
+            raise
         if [memory_key(x) for x in targets] != before:
             self.failure = f"{func} changes the memory of a tensor"
             return output
@@ -187,8 +194,9 @@ class Recorder(TorchDispatchMode):
         results = [None if out is None or memory_key(out) in self._slots else self._new(out) for out in outs]
         if len(self.parts[-1].steps) == _MOST_STEPS:
             self.failure = "there are too many ops"
-        elif writes or any(results):
-            self.parts[-1].steps.append(Step(op, *given, results, is_sequence, writes, torch.is_grad_enabled()))
+        elif writes or any(results) or checks(op):
+            grad_mode = torch.is_grad_enabled()
+            self.parts[-1].steps.append(Step(op, *given, results, is_sequence, writes, checks(op), grad_mode))
 
     def _slot(self, tensor: torch.Tensor) -> Slot:
         """The slot of a tensor; a constant gets one when it is first met."""
@@ -213,6 +221,15 @@ class Recorder(TorchDispatchMode):
         return slot
 
 
+@functools.cache
+def checks(op: Any) -> bool:
+    """Whether an op may refuse the values of its operands, apart from what it returns: some do nothing else."""
+    if not op._schema.returns or op in _ASSERTIONS:
+        return True
+    name = op.overloadpacket.__name__.lstrip("_")
+    return name.startswith("linalg_") or any(argument.name in _LOOKED_UP for argument in op._schema.arguments)
+
+
 def _depends_on_values(op: Any, arguments: dict[str, Any]) -> bool:
     """Whether the values of its operands decide on what an op returns, or on its shape."""
     if op is _aten.index.Tensor:
@@ -221,6 +238,15 @@ def _depends_on_values(op: Any, arguments: dict[str, Any]) -> bool:
 
 
 _aten = torch.ops.aten
+_ASSERTIONS = {
+    _aten._functional_assert_async.msg,
+    _aten._functional_assert_scalar.default,
+    _aten._functional_sym_constrain_range.default,
+    _aten._functional_sym_constrain_range_for_size.default,
+}
+"""Ops that return a token for their order only."""
+_LOOKED_UP = {"index", "indices", "target", "targets", "offsets"}
+"""How schemas call operands whose values must lie in a range."""
 _OF_GEOMETRY = {_aten.is_same_size.default, _aten._has_same_storage_numel.default}
 """Ops that ask for shapes alone, which stay the same."""
 
