@@ -23,7 +23,7 @@ import torch
 from . import ambient
 from .dtypes import is_inexact
 from .errors import signature_text
-from .kernels import COMPILED, chosen
+from .kernels import UNRECORDED, chosen
 from .repeated import LARGE, Repeated
 from .tangents import in_forward_mode, stopped_by_no_grad
 
@@ -91,6 +91,9 @@ class TorchCall:
     def recordable(self) -> bool:
         """Whether its ops do not depend on values, so far as is known."""
         raise AssertionError("abstract")
+
+    def forget(self, results: Tensors) -> None:
+        """Give up what a run kept for later calls, which holds operands: the next ones keep nothing."""
 
     def prepare(self) -> None:
         """Decide how to run, before the first run: trial runs cannot nest."""
@@ -208,7 +211,7 @@ class Base(TorchCall):
 
     @property
     def recordable(self) -> bool:
-        return self.wants_replay and self.pure and COMPILED not in self.fused_kernels
+        return self.wants_replay and self.pure and self.fused_kernels.isdisjoint(UNRECORDED)
 
     @property
     def signature(self) -> str:

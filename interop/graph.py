@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradien
 
 from .call import Tensors, TorchCall
 from .kernels import compiling
-from .recording import storage_of
+from .memory import storage_of
 from .repeated import Repeated
 
 Batch = tuple[tuple[int | None, ...], int]

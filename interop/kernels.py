@@ -21,6 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 NONE: frozenset[str] = frozenset()
 MASKED = "masked attention"
 COMPILED = "compiled"
+HIGHER_ORDER = "higher-order ops"
+UNRECORDED = frozenset({COMPILED, HIGHER_ORDER})
+"""Those that are more than the ops that a mode sees."""
 ALL = frozenset({"attention", "recurrent", MASKED, COMPILED})
 
 _MARKS = {

@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from torch._functorch import pyfunctorch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .aten import bound, in_checkpoint
 from .errors import RandomnessError
+from .modes import Mode
 
 _functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -110,21 +110,20 @@ def refuse(name: str, op: Any, remedy: str) -> RandomnessError:
     )
 
 
-class WithoutKey(TorchDispatchMode):
+class WithoutKey(Mode):
     """Within it, drawing random numbers is an error."""
 
     def __init__(self, name: str, remedy: str):
         super().__init__()
         self._name, self._remedy = name, remedy
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def op(self, func: Any, args: Any, kwargs: Any) -> Any:
         if draws(func, bound(func, args, kwargs)):
             raise refuse(self._name, func, self._remedy)
         return func(*args, **kwargs)
 
 
-class WithKey(TorchDispatchMode):
+class WithKey(Mode):
     """Within it, random ops draw from a key, given by its words: uint32[n], under `torch.func.vmap` one per example."""
 
     def __init__(self, key: torch.Tensor):
@@ -133,8 +132,7 @@ class WithKey(TorchDispatchMode):
         self._is_fake = words is None
         self._generators = [_Generators(_seed(row)) for row in words or ()]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def op(self, func: Any, args: Any, kwargs: Any) -> Any:
         if torch.Tag.nondeterministic_seeded not in func.tags or not draws(func, bound(func, args, kwargs)):
             return func(*args, **kwargs)
         _refuse_checkpoint(func)

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .aten import bound, written
+from .memory import fills_storage, is_plain, memory_key, storage_of
+from .modes import Mode
 from .random import draws
 
 Tensors = tuple[torch.Tensor, ...]
@@ -49,9 +50,7 @@ class Memory:
     @classmethod
     def of(cls, tensor: torch.Tensor, storage: int) -> "Memory":
         """That of a tensor, whose storage has this number."""
-        n_bytes = tensor.numel() * tensor.itemsize
-        is_filled = 0 < n_bytes == tensor.untyped_storage().nbytes() and tensor.is_contiguous()
-        return cls(storage, tensor.dtype, tuple(tensor.shape), is_filled)
+        return cls(storage, tensor.dtype, tuple(tensor.shape), tensor.numel() > 0 and fills_storage(tensor))
 
 
 @dataclass
@@ -95,7 +94,7 @@ class Part:
     """What the outputs were."""
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(Mode):
     """Writes down the ops that run while it is entered, part after part."""
 
     def __init__(self) -> None:
@@ -135,12 +134,12 @@ class Recorder(TorchDispatchMode):
         self._borrowed = set()
         return outputs
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def higher_order_op(self, func: Any, args: Any, kwargs: Any) -> Any:
+        self.failure = self.failure or f"{func} is no aten op"
+        return func(*args, **kwargs)
+
+    def op(self, func: Any, args: Any, kwargs: Any) -> Any:
         if self.failure is not None:
-            return func(*args, **kwargs)
-        if not isinstance(func, torch._ops.OpOverload):
-            self.failure = f"{func} is no aten op"
             return func(*args, **kwargs)
         arguments = bound(func, args, kwargs)
         op = _PLAIN.get(func, func)
@@ -262,22 +261,6 @@ _PLAIN = {  # ops whose effect is more than memory, and those that do as much wi
 }
 
 
-def storage_of(tensor: torch.Tensor) -> int:
-    """The address of a tensor's storage, which is another's when it is gone."""
-    return tensor.untyped_storage()._cdata
-
-
-def memory_key(tensor: torch.Tensor) -> Any:
-    """What tells a tensor of plain memory from all others: where its elements lie."""
-    return storage_of(tensor), tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
-
-
 def _unlike_memory(tensor: torch.Tensor) -> bool:
     """Whether a tensor is more, or less, than memory with a geometry."""
-    return (
-        type(tensor) not in (torch.Tensor, torch.nn.Parameter)
-        or tensor.layout != torch.strided
-        or tensor.is_quantized
-        or tensor.is_complex()
-        or tensor.is_neg()
-    )
+    return not is_plain(tensor) or tensor.is_complex() or tensor.is_neg()

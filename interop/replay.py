@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from .recording import Part, Recorder, Slot, Step, memory_key
+from .memory import memory_key
+from .recording import Part, Recorder, Slot, Step
 from .static import static_key
 
 Replay = Callable[..., list[torch.Tensor]]

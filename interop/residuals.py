@@ -111,6 +111,10 @@ class Save(TorchCall):
         self._keepable = keepable
         return (*outs, handle_of(self._shelf.put(graph) if keepable else 0))
 
+    def forget(self, results: Tensors) -> None:
+        _drop(number_of(results[-1]))
+        self._keepable = False
+
     def _each(self, tensors: Tensors) -> Tensors:
         """Shared operands once for each example."""
         if self.batch is None:

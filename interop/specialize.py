@@ -1,17 +1,22 @@
 """A torch callable at one signature: a `Base` call over flat tensors, and how results become the output."""
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NoReturn
 
 import jax
 import torch
 
-from . import ambient, dtypes
+from . import ambient, dtypes, guard
 from .call import Aval, Base, Tensors
 from .errors import TorchCallError
+from .guard import Guard
+from .kernels import HIGHER_ORDER, UNRECORDED
+from .memory import storage_of
 from .static import static_key
-from .trace import Flat, Trace
+from .trace import Trace
+from .traceable import Flat
 from .trees import flatten_registering, leaf_names
 
 
@@ -24,6 +29,7 @@ class Specialized:
     - `operand_names`, `in_avals`: the operands.
     - `wanted`: the torch dtype each operand arrives in.
     - `found`: what tracing found.
+    - `refuse_write`: called where operands that are state, but not in `found.state`, would change.
     - `options`: those of `Base`.
     """
 
@@ -36,16 +42,23 @@ class Specialized:
         found: Trace,
         *,
         name: str,
+        buffers: tuple[int, ...],
+        refuse_write: Callable[[Collection[int]], NoReturn],
         **options: Any,
     ):
         self._name, self._function, self._found = name, function, found
         self._autocast = ambient.autocast_here()
-        given = [dtypes.to_torch_dtype(aval.dtype) for aval in in_avals]
-        self._conversions = [
-            (i, new, i in found.mutated)
-            for i, (old, new) in enumerate(zip(given, wanted, strict=True))
-            if old != new or i in found.mutated
-        ]
+        self._wanted, self._refuse_write = list(wanted), refuse_write
+        self._fixed = tuple(i for i in buffers if i not in found.state)
+        sizes = [math.prod(aval.shape) * aval.dtype.itemsize for aval in in_avals]
+        self._copies = found.watched and (
+            found.leaves_torch
+            or not found.fused_kernels.isdisjoint(UNRECORDED)
+            or guard.is_cheaper_to_copy([*sizes, *(sizes[i] for i in self._fixed)], found.n_ops)
+        )
+        self._watches = found.watched and not self._copies
+        self._mutated = set(range(len(wanted))) if self._copies else set(found.mutated)
+        self._conversions = self._find_conversions([dtypes.to_torch_dtype(aval.dtype) for aval in in_avals])
         self._is_tensor = jax.tree_util.treedef_is_leaf(found.treedef) and bool(found.out_avals)
         self._n_outs, self.state, self.random = len(found.out_avals), found.state, found.random
         out_avals = (*found.out_avals, *(in_avals[i] for i in found.state))
@@ -58,10 +71,11 @@ class Specialized:
             out_avals=out_avals,
             state=tuple(zip(found.state, range(self._n_outs, len(out_avals)), strict=True)),
             operations=found.operations,
-            fakeable=found.fakeable,
+            fakeable=found.fakeable and HIGHER_ORDER not in found.fused_kernels,  # torch.func.jvp of `cond` is zero
             pure=found.fakeable and not (found.random or found.checkpoints),
             grad_mode=found.grad_mode,
             fused_kernels=found.fused_kernels,
+            buffers=buffers,
             **options,
         )
 
@@ -71,13 +85,56 @@ class Specialized:
         leaves = [next(feed) if isinstance(leaf, Aval) else leaf for leaf in self._found.leaves]
         return jax.tree.unflatten(self._found.treedef, leaves), dict(zip(self.state, feed, strict=True))
 
+    def _find_conversions(self, given: Sequence[torch.dtype]) -> list[tuple[int, torch.dtype, bool]]:
+        """For operands that need it: their number, their dtype, and whether they are to be copies."""
+        return [
+            (i, new, i in self._mutated)
+            for i, (old, new) in enumerate(zip(given, self._wanted, strict=True))
+            if old != new or i in self._mutated
+        ]
+
     def _run(self, *tensors: torch.Tensor) -> Tensors:
         """The callable over flat tensors of the JAX dtypes."""
-        if self._conversions:
-            converted = list(tensors)
-            for i, dtype, written in self._conversions:
-                converted[i] = _convert(tensors[i], dtype, copy=written)
-            tensors = tuple(converted)
+        if not self._found.watched or not guard.is_plain_run(tensors):
+            return self._run_on(self._converted(tensors))
+        return self._run_watched(tensors) if self._watches else self._run_on_copies(tensors)
+
+    def _run_on_copies(self, tensors: Tensors) -> Tensors:
+        converted = self._converted(tensors)
+        outs = self._run_on(converted)
+        changed = [i for i in self._fixed if guard.changed(tensors[i].to(self._wanted[i]), converted[i])]
+        if changed:
+            self._refuse_write(changed)
+        return outs
+
+    def _run_watched(self, tensors: Tensors) -> Tensors:
+        while True:
+            converted = self._converted(tensors)
+            is_fixed = set(self._fixed)
+            watch = Guard({storage_of(x): i for i, x in enumerate(converted) if x is tensors[i] or i in is_fixed})
+            try:
+                with watch:
+                    outs = self._run_on(converted)
+            except BaseException:
+                if watch.operand is None:
+                    raise
+            if watch.operand is None:
+                return outs
+            if watch.operand in is_fixed:
+                self._refuse_write([watch.operand])
+            self._mutated.add(watch.operand)
+            self._conversions = self._find_conversions([x.dtype for x in tensors])
+
+    def _converted(self, tensors: Tensors) -> Tensors:
+        """The operands in the dtypes they are wanted in, copied where the callable writes into them."""
+        if not self._conversions:
+            return tensors
+        converted = list(tensors)
+        for i, dtype, written in self._conversions:
+            converted[i] = _convert(tensors[i], dtype, copy=written)
+        return tuple(converted)
+
+    def _run_on(self, tensors: Tensors) -> Tensors:
         with ambient.autocast(self._autocast) if self._autocast else _NO_CHANGE:
             output, state = self._function(*tensors)
         if self._is_tensor and type(output) is torch.Tensor:
