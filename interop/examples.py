@@ -15,7 +15,8 @@ import torch
 _MOST_DRAWN = 2**22
 """Elements of a tensor up to which they differ from each other: more take long to draw."""
 
-Maker = Callable[[tuple[int, ...]], torch.Tensor]
+Maker = Callable[[tuple[int, ...], int], torch.Tensor]
+"""Makes the floats of a shape for an operand of this number: no two are the same."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def made_examples(
 
         def operands(floats: Maker = floats, integer: int = integer, boolean: bool = boolean) -> list[torch.Tensor]:
             return [
-                _made(*spec, floats, integer, boolean, is_weight=i < n_weights) if make is None else make()
+                _made(*spec, i, floats, integer, boolean, is_weight=i < n_weights) if make is None else make()
                 for i, (spec, make) in enumerate(zip(specs, known, strict=True))
             ]
 
@@ -49,38 +50,53 @@ def made_examples(
 
 
 def _made(
-    shape: tuple[int, ...], dtype: torch.dtype, floats: Maker, integer: int, boolean: bool, *, is_weight: bool
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    number: int,
+    floats: Maker,
+    integer: int,
+    boolean: bool,
+    *,
+    is_weight: bool,
 ) -> torch.Tensor:
     if dtype == torch.bool:
         return torch.full(shape, boolean)
     if not (dtype.is_floating_point or dtype.is_complex):
         return torch.full(shape, integer, dtype=dtype)
-    values = floats(shape) if math.prod(shape) <= _MOST_DRAWN else torch.full(shape, 0.5)
+    values = floats(shape, number) if math.prod(shape) <= _MOST_DRAWN else torch.full(shape, 0.5)
     if is_weight and len(shape) > 1:
         values = values / math.sqrt(max(1, math.prod(shape[1:])))
     return values.to(dtype)
 
 
-def _uniform(shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(0).uniform(0.1, 0.9, shape).astype(np.float32))
+def _uniform(shape: tuple[int, ...], number: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng((0, number)).uniform(0.1, 0.9, shape).astype(np.float32))
 
 
-def _normal(shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(1).normal(size=shape).astype(np.float32))
+def _normal(shape: tuple[int, ...], number: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng((1, number)).normal(size=shape).astype(np.float32))
 
 
-def _definite(shape: tuple[int, ...]) -> torch.Tensor:
+def _definite(shape: tuple[int, ...], number: int) -> torch.Tensor:
     """Symmetric matrices with large diagonals, where they are square."""
-    values = _uniform(shape)
+    values = _uniform(shape, number)
     if len(shape) < 2 or shape[-1] != shape[-2]:
         return values
     return (values + values.mT) / 2 + shape[-1] * torch.eye(shape[-1])
+
+
+def _ones(shape: tuple[int, ...], number: int) -> torch.Tensor:
+    return torch.ones(shape)
+
+
+def _zeros(shape: tuple[int, ...], number: int) -> torch.Tensor:
+    return torch.zeros(shape)
 
 
 _KINDS: tuple[tuple[Maker, int, bool], ...] = (
     (_normal, 0, False),
     (_uniform, 1, True),
     (_definite, 0, True),
-    (torch.ones, 1, False),
-    (torch.zeros, 0, False),
+    (_ones, 1, False),
+    (_zeros, 0, False),
 )

@@ -45,7 +45,9 @@ class Guard(Mode):
         super().__init__()
         self.operand: int | None = None
         """The operand that was about to be written, also if torch or the callable made another error of it."""
-        self._protected, self._exposure = protected, Exposure(self.check)
+        self.is_exposed = False
+        """Whether its memory was about to be handed out, which may mean to be written."""
+        self._protected, self._exposure = protected, Exposure(self._note_exposure)
 
     def __enter__(self) -> "Guard":
         self._exposure.__enter__()
@@ -62,11 +64,17 @@ class Guard(Mode):
 
     def check(self, tensors: Iterable[torch.Tensor]) -> None:
         """Raise if one of them is protected."""
-        for tensor in filter(has_storage, tensors):
-            operand = self._protected.get(storage_of(tensor))
-            if operand is not None:
-                self.operand = operand
-                raise WouldWrite
+        operands = [self._protected.get(storage_of(x)) for x in filter(has_storage, tensors)]
+        self.operand = next((i for i in operands if i is not None), self.operand)
+        if self.operand is not None:
+            raise WouldWrite
+
+    def _note_exposure(self, tensors: Iterable[torch.Tensor]) -> None:
+        try:
+            self.check(tensors)
+        except WouldWrite:
+            self.is_exposed = True
+            raise
 
 
 class Exposure(TorchFunctionMode):

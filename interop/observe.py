@@ -1,7 +1,7 @@
 """One run of a torch callable, watched: what it returns, writes into, draws and leaves behind."""
 
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,11 +68,17 @@ def observe(
     Raises `TorchCallError` where it does what no call may do, its own exceptions otherwise.
     """
     storages = [StorageWeakRef(x.untyped_storage()) for x in operands]
-    watch = _Watch(traced, storages, fake)
+    watch, exposed = _Watch(traced, storages, fake), dict[int, torch.Tensor]()
+
+    def note_exposure(tensors: Iterable[torch.Tensor]) -> None:
+        for i in watch.exposed(tensors):
+            exposed.setdefault(i, operands[i].detach().clone())
+
     try:
-        with watch, Exposure(watch.note_exposure), torch.set_grad_enabled(grad_mode):
+        with watch, Exposure(note_exposure), torch.set_grad_enabled(grad_mode):
             output, after = traced.function(*operands)
             described = describe(output, traced.name)
+            watch.mutated |= {i for i, before in exposed.items() if not torch.equal(before, operands[i])}
             state, restored = watch.changes(traced, operands, after)
     except TorchCallError:
         raise
@@ -161,6 +167,10 @@ class _Watch(Mode):
         return super().higher_order_op(func, args, kwargs)
 
     def op(self, func: Any, args: Any, kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction():  # to ask for a storage is no exposure
+            return self._op(func, args, kwargs)
+
+    def _op(self, func: Any, args: Any, kwargs: Any) -> Any:
         self.n_ops += 1
         arguments = bound(func, args, kwargs)
         self.fused_kernels |= kernels.fused_kernels(func.name(), arguments)
@@ -176,9 +186,13 @@ class _Watch(Mode):
         self._note_made(func, args, kwargs, output)
         return output
 
-    def note_exposure(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Memory is handed out: if it is not a constant's, anything may be written into it."""
-        self.leaves_torch |= any(has_storage(x) and not self._is_captured(x) for x in tensors)
+    def exposed(self, tensors: Iterable[torch.Tensor]) -> Iterator[int]:
+        """The operands among tensors whose memory is handed out; it need not be one of a captured tensor."""
+        for tensor in filter(has_storage, tensors):
+            operand = self._operand_of.get(storage_of(tensor))
+            self.leaves_torch |= operand is not None or not self._is_captured(tensor)
+            if operand is not None and self._fake is None:
+                yield operand
 
     def _note_write(self, tensor: torch.Tensor) -> None:
         if not has_storage(tensor):

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -56,7 +56,6 @@ class Specialized:
             or not found.fused_kernels.isdisjoint(UNRECORDED)
             or guard.is_cheaper_to_copy([*sizes, *(sizes[i] for i in self._fixed)], found.n_ops)
         )
-        self._watches = found.watched and not self._copies
         self._mutated = set(range(len(wanted))) if self._copies else set(found.mutated)
         self._conversions = self._find_conversions([dtypes.to_torch_dtype(aval.dtype) for aval in in_avals])
         self._is_tensor = jax.tree_util.treedef_is_leaf(found.treedef) and bool(found.out_avals)
@@ -97,21 +96,20 @@ class Specialized:
         """The callable over flat tensors of the JAX dtypes."""
         if not self._found.watched or not guard.is_plain_run(tensors):
             return self._run_on(self._converted(tensors))
-        return self._run_watched(tensors) if self._watches else self._run_on_copies(tensors)
+        return self._run_on_copies(tensors) if self._copies else self._run_watched(tensors)
 
     def _run_on_copies(self, tensors: Tensors) -> Tensors:
         converted = self._converted(tensors)
         outs = self._run_on(converted)
-        changed = [i for i in self._fixed if guard.changed(tensors[i].to(self._wanted[i]), converted[i])]
-        if changed:
-            self._refuse_write(changed)
+        self._refuse(i for i in self._fixed if guard.changed(tensors[i].to(self._wanted[i]), converted[i]))
         return outs
 
     def _run_watched(self, tensors: Tensors) -> Tensors:
         while True:
             converted = self._converted(tensors)
-            is_fixed = set(self._fixed)
-            watch = Guard({storage_of(x): i for i, x in enumerate(converted) if x is tensors[i] or i in is_fixed})
+            memory = {i: storage_of(x) for i, x in enumerate(converted) if x is tensors[i] or i in self._fixed}
+            watch = Guard({address: i for i, address in memory.items()})
+            outs: Tensors = ()
             try:
                 with watch:
                     outs = self._run_on(converted)
@@ -119,11 +117,21 @@ class Specialized:
                 if watch.operand is None:
                     raise
             if watch.operand is None:
+                self._refuse(i for i in self._fixed if storage_of(converted[i]) != memory[i])  # by `x.data = ...`
                 return outs
-            if watch.operand in is_fixed:
+            if watch.is_exposed:
+                self._copies, self._mutated = True, set(range(len(tensors)))
+            elif watch.operand in self._fixed:
                 self._refuse_write([watch.operand])
             self._mutated.add(watch.operand)
             self._conversions = self._find_conversions([x.dtype for x in tensors])
+            if self._copies:
+                return self._run_on_copies(tensors)
+
+    def _refuse(self, operands: Iterable[int]) -> None:
+        changed = list(operands)
+        if changed:
+            self._refuse_write(changed)
 
     def _converted(self, tensors: Tensors) -> Tensors:
         """The operands in the dtypes they are wanted in, copied where the callable writes into them."""
