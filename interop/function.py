@@ -1,5 +1,6 @@
 """`torch_function`: a torch callable as a JAX function over pytrees."""
 
+import contextlib
 import functools
 import inspect
 import types
@@ -18,10 +19,10 @@ from .arrays import array_to_torch
 from .call import Aval, Residuals, VmapMethod
 from .errors import TorchCallError
 from .examples import Example, made_examples
-from .host_random import numpy_generator_watched
+from .host_random import host_generators_kept, host_generators_seeded
 from .kernels import COMPILED, NONE, compiled_code, plain_kernels
 from .primitive import bind
-from .random import PASS_A_KEY, LateKey, WithKey, WithoutKey, key_operand
+from .random import PASS_A_KEY, LateKey, WithKey, key_operand
 from .signature import Signature
 from .specialize import Specialized
 from .trace import Trace, trace
@@ -228,19 +229,16 @@ class TorchFunction:
             has_key=key is not None,
             key_remedy=self.key_remedy,
         )
-        with numpy_generator_watched(self.name):
-            found = trace(
-                traced, out_shape=self._out_shape, examples=lambda: self._examples(arguments, traced.specs, wanted)
-            )
+        found = trace(
+            traced, out_shape=self._out_shape, examples=lambda: self._examples(arguments, traced.specs, wanted)
+        )
         found = self.check(found, stateful=stateful)
         found = replace(found, fused_kernels=found.fused_kernels | compiled_code(self._fn))
         run = self.runner(fill, found, stateful=stateful)
-        if found.random:
-            run = _with_key(run, kernels=found.fused_kernels & {COMPILED})  # ops in compiled code cannot be seen
+        if found.random:  # ops in compiled code cannot be seen
+            run = _with_key(run, kernels=found.fused_kernels & {COMPILED}, host=bool(found.host_random))
         elif key is not None:
             avals, names, wanted = avals[:-1], names[:-1], wanted[:-1]
-        if not (found.random or found.fakeable):
-            run = _without_key(run, self.name, self.key_remedy)
         return Specialized(
             run,
             names,
@@ -250,6 +248,7 @@ class TorchFunction:
             name=self.name,
             buffers=self.state_operands,
             refuse_write=functools.partial(self.refuse_write, stateful=stateful),
+            key_remedy=None if found.random else self.key_remedy,
             **self._options,
         )
 
@@ -290,22 +289,23 @@ def _values(operand: Any, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
     return make
 
 
-def _with_key(run: Flat, *, kernels: frozenset[str]) -> Flat:
-    """`run` without `kernels`, and with one more operand: the key that random ops draw from."""
+def _with_key(run: Flat, *, kernels: frozenset[str], host: bool = False) -> Flat:
+    """`run` without `kernels`, and with one more operand: the key that random ops draw from, and Python's and NumPy's
+    generators where it draws from the `host`."""
 
     def keyed(*tensors: torch.Tensor) -> Any:
-        with plain_kernels(kernels), WithKey(tensors[-1]):
+        with plain_kernels(kernels), WithKey(tensors[-1]) as mode, _seeded(mode.words) if host else _NO_CHANGE:
             return run(*tensors[:-1])
 
     return keyed
 
 
-def _without_key(run: Flat, name: str, remedy: str) -> Flat:
-    def keyless(*tensors: torch.Tensor) -> Any:
-        with WithoutKey(name, remedy):
-            return run(*tensors)
+def _seeded(words: Sequence[Sequence[int]] | None) -> contextlib.AbstractContextManager[None]:
+    """Python's and NumPy's generators seeded by the words of keys; a trace, which has none, leaves them alone."""
+    return host_generators_kept() if words is None else host_generators_seeded([word for row in words for word in row])
 
-    return keyless
+
+_NO_CHANGE = contextlib.nullcontext()
 
 
 def _shapes(arguments: Arguments) -> str:

@@ -1,9 +1,8 @@
 """Runs of a callable that may do what no observation showed: it reads values, and others may lead it elsewhere.
 
-Its operands are XLA's memory, which must not change. Either each run gets copies of them, or it is watched: a write
-into an operand is seen before it happens, and the run starts again with a copy of that operand, as all later ones do.
-Copies cost by their size, watching by the number of ops. Code that leaves torch, or that torch compiles, is not seen:
-it gets copies.
+Its operands are XLA's memory, which must not change. So a run is watched: a write into an operand is seen before it
+happens, and the run starts again with a copy of that operand, as all later ones do. Code that leaves torch, or that
+torch compiles, is not seen: it gets copies of all.
 """
 
 import functools
@@ -19,9 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .aten import STATISTICS, bound, written
 from .memory import has_storage, storage_of
 from .modes import Mode
-
-_COPY, _BYTES, _WATCH, _OP = 2.5e-6, 5e9, 10e-6, 3e-6
-"""Seconds that a copy takes, bytes that it copies in one, seconds of a watch, and of an op in it; measured."""
+from .random import draws, refuse
 
 EXPOSING = frozenset(
     {"numpy", "__array__", "data_ptr", "untyped_storage", "storage", "_typed_storage", "__dlpack__", "to_dlpack"}
@@ -29,25 +26,24 @@ EXPOSING = frozenset(
 """Methods of tensors that hand out their memory, past torch's dispatcher."""
 
 
-def is_cheaper_to_copy(sizes: Sequence[int], n_ops: int) -> bool:
-    """Whether copies of operands of so many bytes take less than to watch so many ops."""
-    return len(sizes) * _COPY + sum(sizes) / _BYTES < _WATCH + n_ops * _OP
-
-
 class WouldWrite(BaseException):
     """A run is about to write into an operand. No `except Exception` of the callable catches it."""
 
 
 class Guard(Mode):
-    """Within it, a write into `protected` memory, storages of operands by number, raises `WouldWrite` instead."""
+    """Within it, a write into `protected` memory, storages of operands by number, raises `WouldWrite` instead.
 
-    def __init__(self, protected: Mapping[int, int]):
+    Drawing random numbers is an error, unless there is no remedy for a missing key because there is one.
+    """
+
+    def __init__(self, protected: Mapping[int, int], name: str, key_remedy: str | None):
         super().__init__()
         self.operand: int | None = None
         """The operand that was about to be written, also if torch or the callable made another error of it."""
         self.is_exposed = False
         """Whether its memory was about to be handed out, which may mean to be written."""
         self._protected, self._exposure = protected, Exposure(self._note_exposure)
+        self._name, self._key_remedy = name, key_remedy
 
     def __enter__(self) -> "Guard":
         self._exposure.__enter__()
@@ -58,8 +54,11 @@ class Guard(Mode):
         self._exposure.__exit__(*exc)
 
     def op(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if may_write(func):
+        writes, may_draw = _kind(func)
+        if writes:
             self.check(written(func, bound(func, args, kwargs)))
+        if may_draw and self._key_remedy is not None and draws(func, bound(func, args, kwargs)):
+            raise refuse(self._name, func, self._key_remedy)
         return func(*args, **kwargs)
 
     def check(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -91,10 +90,10 @@ class Exposure(TorchFunctionMode):
 
 
 @functools.cache
-def may_write(op: Any) -> bool:
-    """Whether an op writes into an argument, with some arguments at least."""
-    declared = op._schema.arguments
-    return op._schema.is_mutable or any(argument.name in STATISTICS for argument in declared)
+def _kind(op: Any) -> tuple[bool, bool]:
+    """Whether an op writes into an argument, and whether it draws, with some arguments at least."""
+    writes = op._schema.is_mutable or any(argument.name in STATISTICS for argument in op._schema.arguments)
+    return writes, torch.Tag.nondeterministic_seeded in op.tags
 
 
 def is_plain_run(tensors: Sequence[torch.Tensor]) -> bool:

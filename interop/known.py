@@ -197,9 +197,8 @@ class KnownConstants(FakeTensorMode):
 
     def _new_substitute(self, tensor: torch.Tensor) -> torch.Tensor:
         options = {"dtype": tensor.dtype, "device": tensor.device}
-        return super().__torch_dispatch__(
-            _aten.empty_strided.default, (), (list(tensor.shape), list(tensor.stride())), options
-        )
+        geometry = (list(tensor.shape), list(tensor.stride()))
+        return super().__torch_dispatch__(_aten.empty_strided.default, (), geometry, options)  # pyright: ignore[reportReturnType]
 
     # --- shapes that follow from constants ---
 

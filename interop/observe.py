@@ -47,8 +47,8 @@ class Observation:
     """Whether an op made a tensor whose shape depended on values."""
     leaves_torch: bool
     """Whether it handed out the memory of a tensor, past torch's dispatcher."""
-    n_ops: int
-    """How many ops it ran."""
+    host_random: frozenset[str] = frozenset()
+    """Python's and NumPy's generators that it drew from."""
 
     @property
     def output(self) -> tuple[Any, tuple[Any, ...]]:
@@ -103,7 +103,6 @@ def observe(
         checkpoints=watch.checkpoints,
         makes_shapes=watch.makes_shapes,
         leaves_torch=watch.leaves_torch,
-        n_ops=watch.n_ops,
     )
 
 
@@ -140,7 +139,7 @@ class _Watch(Mode):
         """Why the callable cannot be called: torch's interpreter makes another exception of it, or code catches it."""
         self.mutated: set[int] = set()
         self.fused_kernels: set[str] = set()
-        self.operations, self.n_ops = 0.0, 0
+        self.operations = 0.0
         self.random = self.checkpoints = self.makes_shapes = self.leaves_torch = False
         self._name, self._fake = traced.name, fake
         self._key_remedy = None if traced.has_key else traced.key_remedy
@@ -171,7 +170,6 @@ class _Watch(Mode):
             return self._op(func, args, kwargs)
 
     def _op(self, func: Any, args: Any, kwargs: Any) -> Any:
-        self.n_ops += 1
         arguments = bound(func, args, kwargs)
         self.fused_kernels |= kernels.fused_kernels(func.name(), arguments)
         if draws(func, arguments):

@@ -110,27 +110,14 @@ def refuse(name: str, op: Any, remedy: str) -> RandomnessError:
     )
 
 
-class WithoutKey(Mode):
-    """Within it, drawing random numbers is an error."""
-
-    def __init__(self, name: str, remedy: str):
-        super().__init__()
-        self._name, self._remedy = name, remedy
-
-    def op(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if draws(func, bound(func, args, kwargs)):
-            raise refuse(self._name, func, self._remedy)
-        return func(*args, **kwargs)
-
-
 class WithKey(Mode):
     """Within it, random ops draw from a key, given by its words: uint32[n], under `torch.func.vmap` one per example."""
 
     def __init__(self, key: torch.Tensor):
         super().__init__()
-        self._batch, words = _examples(key)
-        self._is_fake = words is None
-        self._generators = [_Generators(_seed(row)) for row in words or ()]
+        self._batch, self.words = _examples(key)
+        self._is_fake = self.words is None
+        self._generators = [_Generators(_seed(row)) for row in self.words or ()]
 
     def op(self, func: Any, args: Any, kwargs: Any) -> Any:
         if torch.Tag.nondeterministic_seeded not in func.tags or not draws(func, bound(func, args, kwargs)):

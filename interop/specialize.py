@@ -1,8 +1,7 @@
 """A torch callable at one signature: a `Base` call over flat tensors, and how results become the output."""
 
 import contextlib
-import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -30,6 +29,7 @@ class Specialized:
     - `wanted`: the torch dtype each operand arrives in.
     - `found`: what tracing found.
     - `refuse_write`: called where operands that are state, but not in `found.state`, would change.
+    - `key_remedy`: what to do where random numbers are drawn; None if the last operand is a key.
     - `options`: those of `Base`.
     """
 
@@ -44,18 +44,14 @@ class Specialized:
         name: str,
         buffers: tuple[int, ...],
         refuse_write: Callable[[Collection[int]], NoReturn],
+        key_remedy: str | None,
         **options: Any,
     ):
         self._name, self._function, self._found = name, function, found
         self._autocast = ambient.autocast_here()
-        self._wanted, self._refuse_write = list(wanted), refuse_write
+        self._wanted, self._refuse_write, self._key_remedy = list(wanted), refuse_write, key_remedy
         self._fixed = tuple(i for i in buffers if i not in found.state)
-        sizes = [math.prod(aval.shape) * aval.dtype.itemsize for aval in in_avals]
-        self._copies = found.watched and (
-            found.leaves_torch
-            or not found.fused_kernels.isdisjoint(UNRECORDED)
-            or guard.is_cheaper_to_copy([*sizes, *(sizes[i] for i in self._fixed)], found.n_ops)
-        )
+        self._copies = found.watched and (found.leaves_torch or not found.fused_kernels.isdisjoint(UNRECORDED))
         self._mutated = set(range(len(wanted))) if self._copies else set(found.mutated)
         self._conversions = self._find_conversions([dtypes.to_torch_dtype(aval.dtype) for aval in in_avals])
         self._is_tensor = jax.tree_util.treedef_is_leaf(found.treedef) and bool(found.out_avals)
@@ -96,40 +92,41 @@ class Specialized:
         """The callable over flat tensors of the JAX dtypes."""
         if not self._found.watched or not guard.is_plain_run(tensors):
             return self._run_on(self._converted(tensors))
-        return self._run_on_copies(tensors) if self._copies else self._run_watched(tensors)
-
-    def _run_on_copies(self, tensors: Tensors) -> Tensors:
-        converted = self._converted(tensors)
-        outs = self._run_on(converted)
-        self._refuse(i for i in self._fixed if guard.changed(tensors[i].to(self._wanted[i]), converted[i]))
+        outs = None
+        while outs is None:
+            outs = self._run_watched(tensors)
         return outs
 
-    def _run_watched(self, tensors: Tensors) -> Tensors:
-        while True:
-            converted = self._converted(tensors)
-            memory = {i: storage_of(x) for i, x in enumerate(converted) if x is tensors[i] or i in self._fixed}
-            watch = Guard({address: i for i, address in memory.items()})
-            outs: Tensors = ()
-            try:
-                with watch:
-                    outs = self._run_on(converted)
-            except BaseException:
-                if watch.operand is None:
-                    raise
+    def _run_watched(self, tensors: Tensors) -> Tensors | None:
+        """One run; None if it was about to write into an operand of which the next one gets a copy."""
+        converted = self._converted(tensors)
+        memory = {i: storage_of(x) for i, x in enumerate(converted) if x is tensors[i] or i in self._fixed}
+        watch = Guard(
+            {} if self._copies else {address: i for i, address in memory.items()}, self._name, self._key_remedy
+        )
+        outs: Tensors = ()
+        try:
+            with watch:
+                outs = self._run_on(converted)
+        except BaseException:
             if watch.operand is None:
-                self._refuse(i for i in self._fixed if storage_of(converted[i]) != memory[i])  # by `x.data = ...`
-                return outs
-            if watch.is_exposed:
-                self._copies, self._mutated = True, set(range(len(tensors)))
-            elif watch.operand in self._fixed:
-                self._refuse_write([watch.operand])
-            self._mutated.add(watch.operand)
-            self._conversions = self._find_conversions([x.dtype for x in tensors])
-            if self._copies:
-                return self._run_on_copies(tensors)
+                raise
+        if watch.operand is None:
+            self._check_fixed(tensors, converted, memory)
+            return outs
+        if watch.is_exposed:  # anything may be written there from now on
+            self._copies, self._mutated = True, set(range(len(tensors)))
+        elif watch.operand in self._fixed:
+            self._refuse_write([watch.operand])
+        self._mutated.add(watch.operand)
+        self._conversions = self._find_conversions([x.dtype for x in tensors])
+        return None
 
-    def _refuse(self, operands: Iterable[int]) -> None:
-        changed = list(operands)
+    def _check_fixed(self, tensors: Tensors, converted: Tensors, memory: Mapping[int, int]) -> None:
+        """Refuse changes of state past torch's dispatcher, and those by `x.data = ...`, which writes into no memory."""
+        changed = [i for i in self._fixed if storage_of(converted[i]) != memory[i]]
+        if self._copies:
+            changed = [i for i in self._fixed if guard.changed(tensors[i].to(self._wanted[i]), converted[i])]
         if changed:
             self._refuse_write(changed)
 

@@ -8,7 +8,7 @@ showed (`guard.py`). A failure on fake tensors is no verdict; torch decides, on 
 import math
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from . import kernels
 from .errors import TorchCallError, quote, signature_text
 from .examples import Example
+from .host_random import drawn_from, host_generators_seeded, refuse_host_draws
 from .known import Failure, KnownConstants
 from .observe import Observation, observe
 from .outputs import compare, declared
@@ -41,9 +42,13 @@ class Trace(Observation):
 
 def trace(traced: Traceable, *, out_shape: Any, examples: Callable[[], Iterable[Example]]) -> Trace:
     """Trace a callable: on fake tensors, or else on `examples()`, or by the caller's `out_shape`."""
-    found, mode, failure = _on_fake(traced)
+    (found, mode, failure), drawn = drawn_from(lambda: _on_fake(traced))
     first = mode.failure
-    if found is None or (first is not None and (first.reads_values or first.makes_shapes)):  # and caught that
+    if found is not None and drawn:
+        several = _on_other_numbers(traced, out_shape, _with_draws(traced, found, drawn))
+        if several is not None:
+            return several
+    if found is None or drawn or (first is not None and (first.reads_values or first.makes_shapes)):  # and caught that
         return _on_examples(traced, out_shape, examples(), failure, first)
     if out_shape is not None:
         compare(declared(out_shape), found.output, traced.name)
@@ -60,10 +65,11 @@ def _traced(found: Observation, **others: Any) -> Trace:
 # --- on fake tensors -----------------------------------------------------------------------------
 
 
-def _on_fake(
-    traced: Traceable, *, grad_mode: bool = True
-) -> tuple[Observation | None, KnownConstants, Exception | None]:
-    """What fake tensors show, their mode, and what was raised."""
+Fake = tuple[Observation | None, KnownConstants, Exception | None]
+"""What fake tensors show, their mode, and what was raised."""
+
+
+def _on_fake(traced: Traceable, *, grad_mode: bool = True) -> Fake:
     with fake_mode() as mode:
         try:
             operands = [torch.empty(shape, dtype=dtype) for shape, dtype in traced.specs]
@@ -72,6 +78,35 @@ def _on_fake(
             raise
         except Exception as exc:
             return None, mode, exc
+
+
+def _with_draws(traced: Traceable, found: Observation, drawn: frozenset[str]) -> Observation:
+    """What was found, with what it draws from beside torch's generators."""
+    if drawn and not traced.has_key:
+        raise refuse_host_draws(traced.name, drawn, traced.key_remedy)
+    return replace(found, host_random=drawn)
+
+
+def _on_other_numbers(traced: Traceable, out_shape: Any, found: Observation) -> Trace | None:
+    """What several runs show of a callable that may do other things for other numbers of Python's and NumPy's; None
+    if some of them read values."""
+    every = [found]
+    for seed in range(_SEEDS):
+        with host_generators_seeded((seed,)):
+            other, *_ = _on_fake(traced)
+        if other is None:
+            return None
+        every.append(other)
+    output = found.output if out_shape is None else declared(out_shape)
+    if out_shape is None and any(other.output != found.output for other in every):
+        raise TorchCallError(
+            f"{traced.name} returns other shapes for other numbers of {' and '.join(sorted(found.host_random))}.\nPass "
+            "`out_shape=` (a pytree of jax.ShapeDtypeStruct like the output), and return a padded array and a mask."
+        )
+    return _together(traced, every, output, leaves_torch=False)
+
+
+_SEEDS = 4
 
 
 def _is_same_without_gradients(traced: Traceable, found: Observation) -> bool:
@@ -125,7 +160,7 @@ def _together(traced: Traceable, found: Sequence[Observation], output: Output, *
         checkpoints=any(one.checkpoints for one in found),
         makes_shapes=any(one.makes_shapes for one in found),
         leaves_torch=leaves_torch or any(one.leaves_torch for one in found),
-        n_ops=max(one.n_ops for one in found),
+        host_random=frozenset().union(*(one.host_random for one in found)),
         fakeable=False,
         watched=True,
     )
@@ -144,7 +179,6 @@ def _anything(traced: Traceable, output: Output) -> Trace:
         checkpoints=False,
         makes_shapes=True,
         leaves_torch=True,
-        n_ops=0,
         fakeable=False,
         watched=True,
     )
@@ -163,7 +197,7 @@ def _observations(
     is_settled = output is not None
     for example in examples:
         try:
-            found.append(_on_values(traced, example.operands()))
+            found.append(_on_values(traced, example))
         except Exception as exc:
             refusals.append(exc)
             is_verdict = example.is_given and (isinstance(exc, TorchCallError) or not is_settled)
@@ -180,10 +214,11 @@ def _observations(
     return found, refusals, output
 
 
-def _on_values(traced: Traceable, operands: list[torch.Tensor]) -> Observation:
+def _on_values(traced: Traceable, example: Example) -> Observation:
     eager = kernels.plain_kernels(frozenset({kernels.COMPILED}))
     with torch.inference_mode(False), torch.no_grad(), kernels.differentiable_path(), eager:
-        return observe(traced, operands)
+        found, drawn = drawn_from(lambda: observe(traced, example.operands()))
+    return _with_draws(traced, found, drawn)
 
 
 # --- errors --------------------------------------------------------------------------------------

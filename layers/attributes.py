@@ -11,6 +11,7 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..interop.host_random import is_generator, is_same_state, set_state, state_of
 from ..interop.memory import has_storage, storage_of
 from .plain_objects import CONTAINERS, held_by, own_attributes, tensors_of
 
@@ -70,7 +71,9 @@ def _places(path: str, module: torch.nn.Module) -> Iterator["_Place"]:
     yield _Namespace(path, vars(module), of_module=True, ignored=frozenset(_computed_by_hooks(module)))
     yield _Container(path, "_modules", vars(module)["_modules"])
     for name, value in held_by(own_attributes(module)):
-        if isinstance(value, CONTAINERS):
+        if is_generator(value):
+            yield _Generator(path, name, value)
+        elif isinstance(value, CONTAINERS):
             yield _Container(path, name, value)
         else:
             yield _Namespace(f"{path}{name}.", vars(value), of_module=False)
@@ -138,6 +141,22 @@ class _Container(_Place):
         container.clear()
         container.update(items) if isinstance(items, dict | set) else container.extend(items)
         return (Change(f"{self._path}{name}", self.number, is_state),)
+
+
+class _Generator(_Place):
+    """The numbers that come next out of one of Python's or NumPy's generators."""
+
+    def __init__(self, path: str, name: str, generator: Any):
+        self._name, self._generator = f"{path}{name}", generator
+
+    def items(self) -> Any:
+        return state_of(self._generator)
+
+    def put_back(self, items: Any) -> Iterable[Change]:
+        if is_same_state(items, state_of(self._generator)):
+            return ()
+        set_state(self._generator, items)
+        return (Change(self._name, self.number, is_state=True),)
 
 
 def _is(a: Any, b: Any) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..interop.host_random import is_generator
+
 CONTAINERS = (list, dict, set, deque)
 OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
 """The attributes that every module has."""
@@ -43,7 +45,8 @@ def held_by(namespace: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The containers and plain objects among it, each once."""
     seen: set[int] = set()
     for name, value in reachable(namespace):
-        is_open = isinstance(value, CONTAINERS) or (hasattr(value, "__dict__") and not isinstance(value, _CLOSED))
+        is_open = isinstance(value, CONTAINERS) or is_generator(value)
+        is_open |= hasattr(value, "__dict__") and not isinstance(value, _CLOSED)
         if is_open and id(value) not in seen:
             seen.add(id(value))
             yield name, value

@@ -228,14 +228,3 @@ def test_random_op(fn):
 )
 def test_op_that_draws_nothing(fn):
     assert_trees_close(torch_function(fn)(X), X)
-
-
-def _noisy(x):
-    return x + float(np.random.rand())
-
-
-def test_numbers_drawn_by_numpy_are_warned_of_and_its_generator_stays():
-    before = np.random.get_state()
-    with pytest.warns(UserWarning, match=r"_noisy draws from numpy\.random.*Draw by torch"):
-        jax.eval_shape(torch_function(_noisy), jnp.ones(2))
-    assert all(map(np.array_equal, before, np.random.get_state()))

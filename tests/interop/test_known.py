@@ -294,7 +294,9 @@ def test_writes_into_captured_tensors_are_refused(write, reads):
         return write(captured, x * x.sum().item() if reads else x)
 
     for transform in (lambda f: f, jax.jit):
-        with pytest.raises(StateError, match=r"function writes into a tensor of shape .*captured.*Pass it as an argument"):
+        with pytest.raises(
+            StateError, match=r"function writes into a tensor of shape .*captured.*Pass it as an argument"
+        ):
             transform(torch_function(function))(X)
     assert torch.equal(captured, torch.ones(3))
 

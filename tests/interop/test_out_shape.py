@@ -179,8 +179,14 @@ REMEDY = r"[\s\S]*`out_shape=`.*`example_args=`.*outside jit, grad and vmap"
         (torch.nonzero, r"nonzero makes a tensor whose shape depends on values \(aten\.nonzero"),
         (lambda x: x[x > 0], r"lambda.* makes a tensor whose shape depends on values \(aten\."),
         (lambda x: torch.unique(x.round()), r"lambda.* makes a tensor whose shape depends on values \(aten\._unique2"),
-        (lambda x: torch.bincount((9 * x.flatten()).abs().long()), r"lambda.*bincount.*so the shapes of its outputs cannot be inferred"),
-        (lambda x: x.new_ones(99_999)[: int((999 * x.sum()).abs().item())], r"lambda.* reads values of its operands \(aten\._local_scalar"),
+        (
+            lambda x: torch.bincount((9 * x.flatten()).abs().long()),
+            r"lambda.*bincount.*so the shapes of its outputs cannot be inferred",
+        ),
+        (
+            lambda x: x.new_ones(99_999)[: int((999 * x.sum()).abs().item())],
+            r"lambda.* reads values of its operands \(aten\._local_scalar",
+        ),
         (lambda x: x.new_zeros(int(999 * x.max().exp()) + 1), r"lambda.* reads values of its operands"),
         (lambda x: x.masked_select(x > 0), r"lambda.* makes a tensor whose shape depends on values"),
     ],

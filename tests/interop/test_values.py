@@ -248,7 +248,9 @@ def test_batches_without_a_call_outside(name):
     close(grads, jnp.stack([gradient(function, x) for x in xs]))
 
 
-@pytest.mark.parametrize("name", ["checked", "early_exit", "looped", "scripted_loop", "divergence", "op without shapes"])
+@pytest.mark.parametrize(
+    "name", ["checked", "early_exit", "looped", "scripted_loop", "divergence", "op without shapes"]
+)
 def test_loops_without_a_call_outside(name):
     """A scan that carries what the function returns."""
     function, wrapped = READERS[name], torch_function(READERS[name])
@@ -306,7 +308,9 @@ def test_what_real_tensors_refuse_is_refused_with_torchs_words():
 
     for transform in (lambda f: f, jax.jit, jax.vmap):
         x = normal(2, 4, 3) if transform is jax.vmap else normal(4, 3)
-        with pytest.raises(TorchCallError, match=r"(?s).*mismatch failed on operands \(x: .*torch said: RuntimeError: mat1 and"):
+        with pytest.raises(
+            TorchCallError, match=r"(?s).*mismatch failed on operands \(x: .*torch said: RuntimeError: mat1 and"
+        ):
             transform(torch_function(mismatch))(x)
 
 
