@@ -13,18 +13,27 @@ def bound(op: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     return defaults | dict(zip((a.name for a in declared), args, strict=False)) | kwargs
 
 
+def tensors_in(*values: Any) -> Iterator[torch.Tensor]:
+    """The tensors among the arguments of an op, or among what it returned, in lists as well."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_in(*value)
+
+
 def written(op: Any, arguments: dict[str, Any]) -> Iterator[torch.Tensor]:
     """The tensors an op writes into."""
     for argument in op._schema.arguments:
         declared = argument.alias_info is not None and argument.alias_info.is_write
-        if declared or (argument.name in _STATISTICS and _updates_statistics(op, arguments)):
+        if declared or (argument.name in STATISTICS and _updates_statistics(op, arguments)):
             value = arguments.get(argument.name)
             for tensor in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(tensor, torch.Tensor):
                     yield tensor
 
 
-_STATISTICS = ("running_mean", "running_var")
+STATISTICS = ("running_mean", "running_var")
 
 
 def _updates_statistics(op: Any, arguments: dict[str, Any]) -> bool:

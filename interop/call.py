@@ -23,7 +23,7 @@ from . import ambient
 from .choice import Choice
 from .dtypes import is_inexact
 from .errors import quote, signature_text
-from .kernels import COMPILED, FUSED, NONE, chosen, lacking_derivatives, refuse_scripted
+from .kernels import FUSED, NONE, UNRECORDED, chosen, lacking_derivatives, refuse_scripted
 from .plan import CERTAIN, Plan, Transform
 from .repeated import LARGE, Repeated
 from .tangents import in_forward_mode, stopped_by_no_grad
@@ -170,6 +170,9 @@ class TorchCall:
         """Whether its ops do not depend on values, so far as is known."""
         raise AssertionError("abstract")
 
+    def forget(self, results: Tensors) -> None:
+        """Give up what a run kept for later calls, which holds operands: the next ones keep nothing."""
+
     def prepare(self) -> None:
         """Decide how to run, before the first run."""
         for level in self.levels():
@@ -296,7 +299,7 @@ class Base(TorchCall):
 
     @property
     def recordable(self) -> bool:
-        return self.wants_replay and self.pure and COMPILED not in self.fused_kernels
+        return self.wants_replay and self.pure and self.fused_kernels.isdisjoint(UNRECORDED)
 
     @property
     def signature(self) -> str:

@@ -17,10 +17,10 @@ from .errors import TorchCallError
 from .graph import Graph
 from .handles import HANDLE
 from .hidden_writes import hidden_writes
+from .modes import Mode
 from .once import Once
 from .plan import Plan
 from .tangents import one_at_a_time
-from .zeros import real_zeros
 
 
 def linearize(call: TorchCall, active: tuple[int, ...]) -> Linearized:
@@ -163,7 +163,7 @@ class Jvp(_Derivative):
         if self.depth == plan.differences:
             return central_difference(function, xs, linear)
         if self.depth <= plan.core and plan.forward:
-            with real_zeros() if plan.real_zeros else _NO_CHANGE:
+            with Mode() if plan.real_zeros else _NO_CHANGE:
                 return _forward_mode(function, xs, linear)
         self.base.derive(hidden_writes)  # raises where torch's backward pass is not to be used
         if self.depth <= plan.core:

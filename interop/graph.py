@@ -17,8 +17,8 @@ from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradien
 
 from .call import Tensors, TorchCall
 from .kernels import compiling
+from .memory import storage_of
 from .plan import Plan
-from .recording import storage_of
 from .repeated import Repeated
 
 Batch = tuple[tuple[int | None, ...], int]

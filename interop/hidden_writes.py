@@ -8,16 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import reverse
 from .aten import bound, written
 from .call import Tensors, TorchCall, take
 from .dtypes import is_inexact
 from .errors import RandomnessError, TorchCallError
+from .modes import Mode
 from .random import draws
 from .trial import trial_run
-from .zeros import with_memory
 
 
 def hidden_writes(call: TorchCall) -> bool:
@@ -66,7 +65,7 @@ def hidden_writes(call: TorchCall) -> bool:
 _LEAF_WRITTEN = "leaf Variable that requires grad is being used in an in-place"
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(Mode):
     """Notes writes into `tensors` or views of them, and random ops."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]):
@@ -75,8 +74,7 @@ class _Watch(TorchDispatchMode):
         self.random: Any = None
         self._storages = {x.untyped_storage()._cdata for x in tensors}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        func, kwargs = with_memory(func), kwargs or {}
+    def op(self, func: Any, args: Any, kwargs: Any) -> Any:
         arguments = bound(func, args, kwargs)
         self.writes |= any(x.untyped_storage()._cdata in self._storages for x in written(func, arguments))
         if draws(func, arguments):

@@ -27,6 +27,9 @@ MASKED = "masked attention"
 COMPILED = "compiled"
 SCRIPTED = "scripted"
 FORWARD_MODE = "forward mode"
+HIGHER_ORDER = "higher-order ops"
+UNRECORDED = frozenset({COMPILED, HIGHER_ORDER})
+"""Those that are more than the ops that a mode sees."""
 FUSED = frozenset({"attention", "recurrent", MASKED, COMPILED})
 ALL = FUSED | formulas.WRONG
 

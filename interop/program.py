@@ -123,8 +123,9 @@ class Program:
         del outs
         if _holders(operands) != before:
             gc.collect()  # reference cycles are not escapes
-            after = _holders(operands)
-            self._refuse_escapes(call, [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if b > a])
+            if _escaped(operands, before):
+                call.forget(buffers[self._n_buffers :])
+            self._refuse_escapes(call, _escaped(operands, before))
 
     def _replay(self, call: TorchCall, buffers: Tensors) -> bool:
         """Whether earlier runs of the call gave the results."""
@@ -209,6 +210,11 @@ def _graphless(call: TorchCall) -> tuple[TorchCall, tuple[int, ...]]:
 def _holders(tensors: Sequence[torch.Tensor]) -> list[int]:
     """How many hold each tensor or its storage."""
     return [sys.getrefcount(x) + torch._C._storage_Use_Count(x.untyped_storage()._cdata) for x in tensors]
+
+
+def _escaped(tensors: Sequence[torch.Tensor], before: Sequence[int]) -> list[int]:
+    """Those that more hold than before."""
+    return [i for i, (a, b) in enumerate(zip(before, _holders(tensors), strict=True)) if b > a]
 
 
 def is_complex(aval: Any) -> bool:

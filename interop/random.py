@@ -25,12 +25,11 @@ import numpy as np
 import torch
 from torch._functorch import pyfunctorch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .aten import bound, in_checkpoint
 from .device_random import DeviceDraws, can_draw
 from .errors import RandomnessError
-from .zeros import with_memory
+from .modes import Mode
 
 _functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -112,38 +111,27 @@ def refuse(name: str, op: Any, remedy: str) -> RandomnessError:
     )
 
 
-class WithoutKey(TorchDispatchMode):
-    """Within it, drawing random numbers is an error."""
-
-    def __init__(self, name: str, remedy: str):
-        super().__init__()
-        self._name, self._remedy = name, remedy
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        func, kwargs = with_memory(func), kwargs or {}
-        if draws(func, bound(func, args, kwargs)):
-            raise refuse(self._name, func, self._remedy)
-        return func(*args, **kwargs)
-
-
-class WithKey(TorchDispatchMode):
+class WithKey(Mode):
     """Within it, random ops draw from a key, given by its words: uint32[n], under `torch.func.vmap` one per example."""
 
     def __init__(self, key: torch.Tensor):
         super().__init__()
-        self._batch, self._words = _examples(key)
+        self._batch, self._keys = _examples(key)
         self._on_device = None
-        if self._words is not None and can_draw(self._words.device):
-            self._on_device = DeviceDraws(self._words, self._batch)
+        if self._keys is not None and can_draw(self._keys.device):
+            self._on_device = DeviceDraws(self._keys, self._batch)
+
+    @functools.cached_property
+    def words(self) -> list[list[int]] | None:
+        """The words of each example's key, which the host has to read; None on fake tensors."""
+        return None if self._keys is None else self._keys.tolist()
 
     @functools.cached_property
     def _generators(self) -> "list[_Generators]":
-        """Those of each example, seeded by its key, which the host has to read."""
-        assert self._words is not None
-        return [_Generators(_seed(row)) for row in self._words.tolist()]
+        """Those of each example, seeded by its key."""
+        return [_Generators(_seed(row)) for row in self.words or ()]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        func, kwargs = with_memory(func), kwargs or {}
+    def op(self, func: Any, args: Any, kwargs: Any) -> Any:
         if torch.Tag.nondeterministic_seeded not in func.tags or not draws(func, bound(func, args, kwargs)):
             return func(*args, **kwargs)
         _refuse_checkpoint(func)
@@ -153,9 +141,9 @@ class WithKey(TorchDispatchMode):
             return drawn
         if self._batch:
             self._check_batch(func, args, kwargs)
-        if self._words is None:
+        if self._keys is None:
             return func(*args, **kwargs)
-        if self._on_device is not None and _device(args, kwargs).type == self._words.device.type:
+        if self._on_device is not None and _device(args, kwargs).type == self._keys.device.type:
             drawn = self._on_device.draw(func, args, kwargs)
             if drawn is not NotImplemented:
                 return drawn

@@ -7,6 +7,7 @@ Source: [TorchDispatchMode](https://docs.pytorch.org/docs/stable/notes/extending
 idea is that of [make_fx](https://docs.pytorch.org/docs/stable/func.api.html) and CUDA graphs.
 """
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +15,12 @@ from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .aten import bound, written
+from .memory import fills_storage, is_plain, memory_key, storage_of
+from .modes import Mode
 from .random import draws
-from .zeros import with_memory
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -51,7 +52,7 @@ class Memory:
     def of(cls, tensor: torch.Tensor, storage: int) -> "Memory":
         """That of a tensor, whose storage has this number."""
         n_bytes = tensor.numel() * tensor.itemsize
-        is_filled = 0 < n_bytes == tensor.untyped_storage().nbytes() and tensor.is_contiguous()
+        is_filled = tensor.numel() > 0 and fills_storage(tensor)
         return cls(storage, tensor.dtype, tuple(tensor.shape), n_bytes, is_filled)
 
 
@@ -66,6 +67,8 @@ class Step:
     """None for what is no new tensor."""
     is_sequence: bool
     writes: bool
+    checks: bool
+    """Whether it may refuse the values of its operands, so that it counts though nobody uses what it returns."""
     grad_mode: bool
     """Whether gradients are enabled: some ops ask."""
 
@@ -94,7 +97,7 @@ class Part:
     """What the outputs were."""
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(Mode):
     """Writes down the ops that run while it is entered, part after part."""
 
     def __init__(self) -> None:
@@ -134,12 +137,12 @@ class Recorder(TorchDispatchMode):
         self._borrowed = set()
         return outputs
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        func, kwargs = with_memory(func), kwargs or {}
+    def higher_order_op(self, func: Any, args: Any, kwargs: Any) -> Any:
+        self.failure = self.failure or f"{func} is no aten op"
+        return func(*args, **kwargs)
+
+    def op(self, func: Any, args: Any, kwargs: Any) -> Any:
         if self.failure is not None:
-            return func(*args, **kwargs)
-        if not isinstance(func, torch._ops.OpOverload):
-            self.failure = f"{func} is no aten op"
             return func(*args, **kwargs)
         arguments = bound(func, args, kwargs)
         op = _PLAIN.get(func, func)
@@ -149,7 +152,11 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         given = tree_map_only(torch.Tensor, self._slot, (args, kwargs))
         before = [memory_key(x) for x in targets]
-        output = func(*args, **kwargs)
+        try:
+            output = func(*args, **kwargs)
+        except Exception:
+            self.failure = f"{func} refuses the values of its operands, and who called it knows what to do"
+            raise
         if [memory_key(x) for x in targets] != before:
             self.failure = f"{func} changes the memory of a tensor"
             return output
@@ -189,8 +196,9 @@ class Recorder(TorchDispatchMode):
         results = [None if out is None or memory_key(out) in self._slots else self._new(out) for out in outs]
         if len(self.parts[-1].steps) == _MOST_STEPS:
             self.failure = "there are too many ops"
-        elif writes or any(results):
-            self.parts[-1].steps.append(Step(op, *given, results, is_sequence, writes, torch.is_grad_enabled()))
+        elif writes or any(results) or checks(op):
+            grad_mode = torch.is_grad_enabled()
+            self.parts[-1].steps.append(Step(op, *given, results, is_sequence, writes, checks(op), grad_mode))
 
     def _slot(self, tensor: torch.Tensor) -> Slot:
         """The slot of a tensor; a constant gets one when it is first met."""
@@ -215,6 +223,15 @@ class Recorder(TorchDispatchMode):
         return slot
 
 
+@functools.cache
+def checks(op: Any) -> bool:
+    """Whether an op may refuse the values of its operands, apart from what it returns: some do nothing else."""
+    if not op._schema.returns or op in _ASSERTIONS:
+        return True
+    name = op.overloadpacket.__name__.lstrip("_")
+    return name.startswith("linalg_") or any(argument.name in _LOOKED_UP for argument in op._schema.arguments)
+
+
 def _depends_on_values(op: Any, arguments: dict[str, Any]) -> bool:
     """Whether the values of its operands decide on what an op returns, or on its shape."""
     if op is _aten.index.Tensor:
@@ -223,6 +240,15 @@ def _depends_on_values(op: Any, arguments: dict[str, Any]) -> bool:
 
 
 _aten = torch.ops.aten
+_ASSERTIONS = {
+    _aten._functional_assert_async.msg,
+    _aten._functional_assert_scalar.default,
+    _aten._functional_sym_constrain_range.default,
+    _aten._functional_sym_constrain_range_for_size.default,
+}
+"""Ops that return a token for their order only."""
+_LOOKED_UP = {"index", "indices", "target", "targets", "offsets"}
+"""How schemas call operands whose values must lie in a range."""
 _OF_GEOMETRY = {_aten.is_same_size.default, _aten._has_same_storage_numel.default}
 """Ops that ask for shapes alone, which stay the same."""
 
@@ -237,22 +263,6 @@ _PLAIN = {  # ops whose effect is more than memory, and those that do as much wi
 }
 
 
-def storage_of(tensor: torch.Tensor) -> int:
-    """The address of a tensor's storage, which is another's when it is gone."""
-    return tensor.untyped_storage()._cdata
-
-
-def memory_key(tensor: torch.Tensor) -> Any:
-    """What tells a tensor of plain memory from all others: where its elements lie."""
-    return storage_of(tensor), tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
-
-
 def _unlike_memory(tensor: torch.Tensor) -> bool:
     """Whether a tensor is more, or less, than memory with a geometry."""
-    return (
-        type(tensor) not in (torch.Tensor, torch.nn.Parameter)
-        or tensor.layout != torch.strided
-        or tensor.is_quantized
-        or tensor.is_complex()
-        or tensor.is_neg()
-    )
+    return not is_plain(tensor) or tensor.is_complex() or tensor.is_neg()

@@ -75,30 +75,33 @@ class Repeated:
         with self._lock:
             if self._decided:
                 return
-            codes, first = None if recorder.failure else codes_of(recorder), self._first
-            if codes is not None and first is None:
-                self._first, self.direction = codes, direction
-                return
-            is_direction = direction == self.direction
-            if codes is not None and first is not None and is_direction and all(map(Code.same_as, codes, first)):
-                replays = tuple(code.compile() for code in codes)
-                self.replays = replays if _prove(replays, recorder, inputs) else None
+            try:
+                codes = None if recorder.failure else codes_of(recorder)
+                if codes is not None and self._first is None:
+                    self._first, self.direction = codes, direction
+                    return
+                if codes is not None and self._is_second(codes, direction):
+                    self.replays = _proven(codes, recorder, inputs)
+            except Exception:  # of an argument that is like no other, for instance
+                self.replays = None
             self._decided, self._first = True, None
 
+    def _is_second(self, codes: tuple[Code, ...], direction: Direction | None) -> bool:
+        first = self._first
+        return first is not None and direction == self.direction and all(map(Code.same_as, codes, first))
 
-def _prove(replays: tuple[Replay, ...], recorder: Recorder, inputs: Tensors) -> bool:
-    """Whether the replays give what the recorded run gave: some ops cannot be called as a dispatch mode sees them."""
+
+def _proven(codes: tuple[Code, ...], recorder: Recorder, inputs: Tensors) -> tuple[Replay, ...] | None:
+    """The replays, if they give what the recorded run gave: some ops cannot be called as a dispatch mode sees them."""
     kept: list[torch.Tensor] = []
-    try:
-        for part, run in zip(recorder.parts, replays, strict=True):
-            results = [torch.empty_like(x) for x in part.results]
-            with ops_alone():
-                kept = run(kept, *inputs[: len(part.inputs)], *results)
-            if not all(map(_agree, results, part.results)):
-                return False
-    except Exception:
-        return False
-    return True
+    replays = tuple(code.compile() for code in codes)
+    for part, run in zip(recorder.parts, replays, strict=True):
+        results = [torch.empty_like(x) for x in part.results]
+        with ops_alone():
+            kept = run(kept, *inputs[: len(part.inputs)], *results)
+        if not all(map(_agree, results, part.results)):
+            return None
+    return replays
 
 
 def _agree(a: torch.Tensor, b: torch.Tensor) -> bool:

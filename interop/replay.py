@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from .cuda_graphs import MOST_BYTES, Captured
-from .recording import Part, Recorder, Slot, Step, memory_key
+from .memory import memory_key
+from .recording import Part, Recorder, Slot, Step
 from .static import static_key
 
 Replay = Callable[..., list[torch.Tensor]]
@@ -73,7 +74,7 @@ class Code:
         return Captured(run) if self._is_on_gpu and self._made_bytes <= MOST_BYTES else run
 
     def _keys(self) -> dict[str, Any]:
-        return {k: memory_key(v) if isinstance(v, torch.Tensor) else static_key(v) for k, v in self.values.items()}
+        return {name: _key(value) for name, value in self.values.items()}
 
     def _find_direct(self, part: Part) -> dict[int, int]:
         """Slots that an op can make where an output belongs, each with its number: nothing else needs their memory."""
@@ -94,11 +95,11 @@ class Code:
         return direct
 
     def _needed(self, steps: list[Step]) -> list[Step]:
-        """The steps on which an output or what is kept depends."""
+        """The steps on which an output or what is kept depends, and those that check values."""
         wanted = {n for _, n in self._copied} | {*self._kept} | self._direct.keys()
         needed = []
         for step in reversed(steps):
-            if step.writes or any(slot.number in wanted for slot in step.results if slot):
+            if step.writes or step.checks or any(slot.number in wanted for slot in step.results if slot):
                 wanted |= step.operands()
                 needed.append(step)
         return needed[::-1]
@@ -164,6 +165,15 @@ class Code:
         self.values[name] = value
         return name
 
+
+def _key(value: Any) -> Any:
+    """What a global of code is, for comparisons: others than these may not know how to compare themselves."""
+    if isinstance(value, torch.Tensor):
+        return memory_key(value)
+    return static_key(value) if isinstance(value, _COMPARABLE) else id(value)
+
+
+_COMPARABLE = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 _aten = torch.ops.aten
 OUT_VARIANTS = {

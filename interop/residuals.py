@@ -52,12 +52,12 @@ class Shelf:
             self._taking, self._round = False, self._round + 1
             for number, put_in in self._round_of.copy().items():
                 if put_in < self._round - _ROUNDS:
-                    _drop(number)
+                    drop(number)
         number = next(_numbers)
         self._round_of[number] = self._round
         _graphs[number] = graph, self
         if not self._asked and len(self._round_of) > _UNASKED:
-            _drop(next(iter(self._round_of.copy())))
+            drop(next(iter(self._round_of.copy())))
         return number
 
     def remove(self, number: int) -> None:
@@ -79,7 +79,7 @@ def take_graph(handle: torch.Tensor | None) -> Kept | None:
     """Remove and return the graph of a handle, if it is still there."""
     if handle is None:
         return None
-    return _drop(number_of(handle), Shelf.take)
+    return drop(number_of(handle), Shelf.take)
 
 
 def is_kept(handle: torch.Tensor) -> bool:
@@ -93,7 +93,7 @@ def take_tape(handle: torch.Tensor, active: tuple[int, ...], outs: tuple[int, ..
     tape, _ = _graphs.get(number, (None, None))
     if not isinstance(tape, Tape) or not tape.gives(active, outs, batch):
         return None
-    _drop(number, Shelf.take)
+    drop(number, Shelf.take)
     return tape
 
 
@@ -101,21 +101,22 @@ def hand_over(handle: torch.Tensor, number: int) -> None:
     """Write a number into a handle; what lay there on a GPU is gone, and so is its graph."""
     before = write_handle(handle, number)
     if before:
-        _drop(before)
+        drop(before)
 
 
 def discard(handle: torch.Tensor | None) -> None:
     """Drop the graph of a handle, for which there is no use."""
     if handle is not None:
-        _drop(number_of(handle), Shelf.discard)
+        drop(number_of(handle), Shelf.discard)
 
 
 def drop_with(handle: jax.Array) -> None:
     """Drop the graph when this handle array dies: for eager calls, whose backward may never come."""
-    when_dropped(handle, _drop)
+    when_dropped(handle, drop)
 
 
-def _drop(number: int, how: Callable[[Shelf, int], None] = Shelf.remove) -> Kept | None:
+def drop(number: int, how: Callable[[Shelf, int], None] = Shelf.remove) -> Kept | None:
+    """Remove and return what a number stands for, if it is still there."""
     graph, shelf = _graphs.pop(number, (None, None))
     if shelf is not None:
         how(shelf, number)

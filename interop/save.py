@@ -12,9 +12,9 @@ from .batching import vmap
 from .call import Tensors, TorchCall
 from .derivative import Vjp
 from .graph import Batch, Graph, Tape
-from .handles import HANDLE, handle_of
+from .handles import HANDLE, handle_of, number_of
 from .repeated import Repeated
-from .residuals import Shelf, hand_over
+from .residuals import Shelf, drop, hand_over
 
 
 class Save(TorchCall):
@@ -90,6 +90,10 @@ class Save(TorchCall):
             outs, keepable = self._plain.execute(*tensors), False  # raises again what is the callable's own fault
         self._keepable = keepable
         return (*outs, handle_of(self._shelf.put(graph) if keepable else 0))
+
+    def forget(self, results: Tensors) -> None:
+        drop(number_of(results[-1]))
+        self._keepable = False
 
     def _each(self, tensors: Tensors) -> Tensors:
         """Shared operands once for each example."""

@@ -8,7 +8,6 @@ with memory, and in forward mode where torch says that one was to be written.
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
 
@@ -16,13 +15,3 @@ _aten = torch.ops.aten
 def with_memory(op: Any) -> Any:
     """The op to be called in the place of one that a dispatch mode sees."""
     return _aten.zeros.default if op is _aten._efficientzerotensor.default else op
-
-
-def real_zeros() -> TorchDispatchMode:
-    """Within it zero tensors have memory."""
-    return _RealZeros()
-
-
-class _RealZeros(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return with_memory(func)(*args, **(kwargs or {}))

@@ -3,11 +3,13 @@
 import collections
 import copy
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .attributes import Attributes
 from .recurrent import join_weights
 
 
@@ -28,6 +30,11 @@ class Skeleton:
             for name, tensor in namespace.items()
             if tensor is not None
         ]
+
+    @cached_property
+    def attributes(self) -> Attributes:
+        """Its other attributes; to be asked for before it runs."""
+        return Attributes(self.module)
 
     def load(self, tensors: Sequence[torch.Tensor]) -> None:
         """Put tensors in the places of the weights."""
