@@ -48,26 +48,12 @@ class NotAsked(Exception):
 
 def forward(specimen: Specimen) -> float:
     """Outputs, as they are and compiled, each run with other values."""
-    torch_side, ours = Torch(specimen), Ours(specimen)
-
-    def check(outputs: Callable[..., Any], number: int) -> float:
-        expected = numpy_of_tensors(torch_side.outputs(torch_side.arguments(number)))
-        return compare(outputs(ours.params, *ours.arguments(number)), expected, f"run {number + 1}")
-
-    compiled = eqx.filter_jit(ours.outputs)
-    return max([check(ours.outputs, 0), *(check(compiled, number) for number in range(RUNS))])
+    return _over_runs(specimen, lambda side: side.outputs)
 
 
 def gradients(specimen: Specimen) -> float:
     """Gradients by parameters and arguments, as they are and compiled, each run with other values."""
-    torch_side, ours = Torch(specimen), Ours(specimen)
-
-    def check(gradients: Callable[..., Any], number: int) -> float:
-        expected = numpy_of_tensors(torch_side.gradients(torch_side.arguments(number)))
-        return compare(gradients(ours.params, *ours.arguments(number)), expected, f"run {number + 1}")
-
-    compiled = eqx.filter_jit(ours.gradients)
-    return max([check(ours.gradients, 0), *(check(compiled, number) for number in range(RUNS))])
+    return _over_runs(specimen, lambda side: side.gradients)
 
 
 def batches(specimen: Specimen) -> float:
@@ -81,15 +67,19 @@ def gradients_of_examples(specimen: Specimen) -> float:
 
 
 def second_derivatives(specimen: Specimen) -> float:
-    """Hessian-vector products, forward over reverse and reverse over reverse, against finite differences."""
-    with jax.enable_x64(True), torch_default(torch.float64):
-        torch_side, ours = Torch(specimen, double=True), Ours(specimen, double=True)
+    """Hessian-vector products, forward over reverse and reverse over reverse."""
+    with wide(specimen.smooth):
+        torch_side, ours = Torch(specimen, double=specimen.smooth), Ours(specimen, double=specimen.smooth)
         arrays, static = ours.arguments(0)
         floats, others = eqx.partition(arrays, eqx.is_inexact_array)
         point, treedef = jax.tree.flatten(ours.in_order((ours.params, floats)))
         rng = np.random.default_rng(0)
-        direction = [rng.normal(size=x.shape).astype(x.dtype) for x in point]
-        expected = torch_side.curvature(torch_side.arguments(0), direction, step=1e-5)
+        direction = [normal(rng, x) for x in point]
+        args, tolerance = torch_side.arguments(0), DOUBLE if specimen.smooth else SINGLE
+        if specimen.smooth:
+            expected = torch_side.differences(args, direction, step=1e-5)
+        else:
+            expected = _what_torch_can(lambda: torch_side.double_backward(args, direction))
 
         def gradients(*point: Any) -> list[Any]:
             params, floats = ours.from_order(jax.tree.unflatten(treedef, point))
@@ -99,10 +89,10 @@ def second_derivatives(specimen: Specimen) -> float:
             return jax.jvp(gradients, point, tuple(direction))[1]
 
         def reverse_over_reverse(*point: Any) -> Any:
-            return jax.vjp(gradients, *point)[1](list(map(jnp.asarray, direction)))
+            return [jnp.conj(p) for p in jax.vjp(gradients, *point)[1]([jnp.conj(d) for d in direction])]
 
         return max(
-            compare(jax.jit(product)(*point), expected, product.__name__.replace("_", " "), tolerance=DOUBLE)
+            compare(jax.jit(product)(*point), expected, product.__name__.replace("_", " "), tolerance)
             for product in (forward_over_reverse, reverse_over_reverse)
         )
 
@@ -121,6 +111,7 @@ def training(specimen: Specimen) -> float:
             return mean_square(outputs), new
 
         (value, state), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        grads = jax.tree.map(jnp.conj, grads)  # optax asks for it where parameters are complex
         updates, _ = optimizer.update(grads, optimizer.init(params))
         return optax.apply_updates(params, updates), state, value
 
@@ -154,8 +145,8 @@ def keys(specimen: Specimen) -> float:
     """In training mode: same key, same numbers; other keys, others; the gradient is that of the forward's numbers."""
     if not specimen.random:
         raise NotAsked("draws no random numbers")
-    with jax.enable_x64(True), torch_default(torch.float64):
-        ours = Ours(specimen, double=True, training=True)
+    with wide(specimen.smooth):
+        ours = Ours(specimen, double=specimen.smooth, training=True)
         arrays, static = ours.arguments(0)
         key, other = jax.random.split(jax.random.key(0))
 
@@ -170,7 +161,7 @@ def keys(specimen: Specimen) -> float:
         error = max(error, compare(outputs(ours.params, key), first, "the same key, not compiled"))
         if all(np.array_equal(a, b) for a, b in zip(first, numpy_of(run(ours.params, other)), strict=True)):
             raise Wrong("another key gives the same numbers")
-        return max(error, _slope(lambda params: weighted_sum(outputs(params, key)), ours.params))
+        return max(error, _slope(lambda params: weighted_sum(outputs(params, key)), ours.params, specimen.smooth))
 
 
 CHECKS: dict[str, Callable[[Specimen], float]] = {
@@ -231,20 +222,47 @@ def compare(actual: list[Any], expected: list[np.ndarray], what: str, tolerance:
     return largest
 
 
+def normal(rng: np.random.Generator, like: Any) -> np.ndarray:
+    """Normal numbers of a shape and dtype, in both parts if it is complex."""
+    drawn = rng.normal(size=like.shape)
+    return (drawn + 1j * rng.normal(size=like.shape) if jnp.iscomplexobj(like) else drawn).astype(like.dtype)
+
+
 def numpy_of_tensors(tensors: Any) -> list[np.ndarray]:
     """Copies."""
     return [to_numpy(x) for x in tensors]
 
 
 @contextlib.contextmanager
-def torch_default(dtype: torch.dtype) -> Iterator[None]:
-    """torch's default dtype for a while: what modules make inside their forward."""
+def wide(enable: bool) -> Iterator[None]:
+    """64-bit floats for a while, in JAX and for what modules make inside their forward."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(torch.float64 if enable else before)
     try:
-        yield
+        with jax.enable_x64(enable):
+            yield
     finally:
         torch.set_default_dtype(before)
+
+
+def _what_torch_can(compute: Callable[[], list[np.ndarray]]) -> list[np.ndarray]:
+    try:
+        return compute()
+    except (RuntimeError, NotImplementedError) as exc:
+        raise NotAsked(f"torch cannot: {_first_line(exc)}") from exc
+
+
+def _over_runs(specimen: Specimen, function_of: Callable[[Any], Callable[..., Any]]) -> float:
+    """A function of either side, run as it is and then compiled, with other values each time."""
+    ours = Ours(specimen)
+    compiled = eqx.filter_jit(function_of(ours))
+
+    def check(function: Callable[..., Any], number: int) -> float:
+        torch_side = Torch(specimen)  # its state the first one
+        expected = numpy_of_tensors(function_of(torch_side)(torch_side.arguments(number)))
+        return compare(function(ours.params, *ours.arguments(number)), expected, f"run {number + 1}")
+
+    return max([check(function_of(ours), 0), *(check(compiled, number) for number in range(RUNS))])
 
 
 def _over_batch(specimen: Specimen, function_of: Callable[[Any], Callable[..., Any]]) -> float:
@@ -272,19 +290,20 @@ def _over_batch(specimen: Specimen, function_of: Callable[[Any], Callable[..., A
     return max(compare(run(ours.params, arrays), expected, f"run {number + 1}") for number in range(RUNS))
 
 
-def _slope(loss: Callable[[Any], Any], params: Any) -> float:
-    """The derivative along a direction against finite differences."""
+def _slope(loss: Callable[[Any], Any], params: Any, smooth: bool) -> float:
+    """The derivative along a direction by the gradient: against finite differences, or forward mode if not `smooth`."""
     leaves, treedef = jax.tree.flatten(params)
     rng, step = np.random.default_rng(1), 1e-6
-    direction = jax.tree.unflatten(treedef, [rng.normal(size=x.shape) for x in leaves])
-    run = jax.jit(jax.value_and_grad(loss))
-
-    def moved(sign: int) -> Any:
-        return run(jax.tree.map(lambda x, d: x + sign * step * d, params, direction))[0]
-
-    grads = run(params)[1]
-    slope = sum(jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(grads), jax.tree.leaves(direction), strict=True))
-    return compare([slope], [np.array((moved(1) - moved(-1)) / (2 * step))], "slope for one key", tolerance=DOUBLE)
+    along = [normal(rng, x) for x in leaves]
+    direction = jax.tree.unflatten(treedef, along)
+    grads = jax.tree.leaves(jax.jit(jax.grad(loss))(params))
+    slope = sum(jnp.sum(g * d).real for g, d in zip(grads, along, strict=True))
+    if not smooth:
+        forward = jax.jit(lambda params: jax.jvp(loss, (params,), (direction,))[1])(params)
+        return compare([slope], [np.array(forward)], "slope for one key")
+    run = jax.jit(loss)
+    there, back = (run(jax.tree.map(lambda x, d, h=h: x + h * d, params, direction)) for h in (step, -step))
+    return compare([slope], [np.array((there - back) / (2 * step))], "slope for one key", tolerance=DOUBLE)
 
 
 def _first_line(exc: Exception) -> str:

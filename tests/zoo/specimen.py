@@ -23,7 +23,8 @@ class Specimen:
     - `batched`: whether `vmap` maps over a tensor among the arguments; those of floats unless given.
     - `training`: whether it is called in training mode, where it must not draw random numbers.
     - `random`: whether it draws random numbers in training mode.
-    - `double`: whether it can compute in float64.
+    - `smooth`: whether finite differences in float64 tell its second derivatives: not where it rounds to the nearest
+      code, or computes in float32 whatever it is given; then torch's own double backward tells them.
     - `not_asked`: checks that do not apply, each with the reason.
     """
 
@@ -34,20 +35,20 @@ class Specimen:
     batched: Callable[[torch.Tensor], bool] = torch.is_floating_point
     training: bool = False
     random: bool = False
-    double: bool = True
+    smooth: bool = True
     not_asked: Mapping[str, str] = field(default_factory=dict)
 
     def module(self, *, training: bool | None = None, double: bool = False) -> nn.Module:
         """The module, with the same weights each time."""
         seed(0)
         module = self.build().train(self.training if training is None else training)
-        return module.double() if double else module
+        return module._apply(widened) if double else module
 
     def arguments(self, number: int, *, double: bool = False) -> tuple[Any, ...]:
         """The arguments of one call of many."""
         seed(100 + number)
         args = self.args()
-        return map_tensors(lambda x: x.double() if x.is_floating_point() else x, args) if double else args
+        return map_tensors(widened, args) if double else args
 
 
 def seed(number: int) -> None:
@@ -55,6 +56,13 @@ def seed(number: int) -> None:
     torch.manual_seed(number)
     np.random.seed(number)
     random.seed(number)
+
+
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """A tensor in 64-bit floats, complex ones too (`Module.double` leaves those as they are)."""
+    if x.is_complex():
+        return x.to(torch.complex128)
+    return x.double() if x.is_floating_point() else x
 
 
 def map_tensors(function: Callable[[torch.Tensor], Any], tree: Any) -> Any:

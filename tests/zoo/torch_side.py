@@ -41,7 +41,16 @@ class Torch:
         grads = torch.autograd.grad(loss, wanted, allow_unused=True, create_graph=create_graph)
         return [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, grads, strict=True)]
 
-    def curvature(self, args: tuple[Any, ...], direction: list[np.ndarray], step: float) -> list[np.ndarray]:
+    def double_backward(self, args: tuple[Any, ...], direction: list[np.ndarray]) -> list[np.ndarray]:
+        """A Hessian-vector product by torch itself."""
+        wanted = [*self.parameters.values(), *filter(is_inexact, tensors_of(args))]
+        grads = self.gradients(args, create_graph=True)
+        pairs = [(g, torch.from_numpy(d)) for g, d in zip(grads, direction, strict=True) if g.requires_grad]
+        slope = sum(((g.conj() * d).sum().real for g, d in pairs), torch.zeros(()))
+        products = torch.autograd.grad(slope, wanted, allow_unused=True) if pairs else [None] * len(wanted)
+        return [to_numpy(torch.zeros_like(x) if p is None else p) for x, p in zip(wanted, products, strict=True)]
+
+    def differences(self, args: tuple[Any, ...], direction: list[np.ndarray], step: float) -> list[np.ndarray]:
         """Central differences of the gradients along a direction."""
         there, back = (self._gradients_at(args, direction, sign * step) for sign in (1, -1))
         return [(a - b) / (2 * step) for a, b in zip(there, back, strict=True)]
@@ -110,7 +119,8 @@ def changes_state(specimen: Specimen, *, training: bool | None = None) -> bool:
     module = specimen.module(training=training)
     before = state_of(module)
     module(*specimen.arguments(0))
-    return any(not np.array_equal(before[name], now, equal_nan=True) for name, now in state_of(module).items())
+    after = state_of(module)  # and caches that the call registered
+    return any(not np.array_equal(value, after[name], equal_nan=True) for name, value in before.items())
 
 
 def state_of(module: nn.Module) -> dict[str, np.ndarray]:
