@@ -159,7 +159,8 @@ class Base(TorchCall):
     - `state`: operands that are state, each with the output that is its new value.
     - `buffers`: operands that could be state; torch has no derivatives by many of them.
     - `fakeable`: whether `function` can run on fake tensors (False if it inspects values).
-    - `pure`: whether it runs the same ops each time, so far as a trace tells.
+    - `pure`: whether it runs the same ops each time for the same values, so far as a trace tells.
+    - `reads`: the values it reads with some operands, if it does nothing but ops with them; None if it may.
     - `grad_mode`: whether `function` has to run in torch's default grad mode in any case.
     - `fused_kernels`: those it uses that are replaced under higher derivatives (`kernels.py`).
     - `forward_mode`, `vmap_method`, `residuals`, `replay`: the user's options.
@@ -178,6 +179,7 @@ class Base(TorchCall):
         operations: float,
         fakeable: bool,
         pure: bool,
+        reads: tuple[Any, ...] | None,
         grad_mode: bool,
         fused_kernels: frozenset[str],
         forward_mode: bool,
@@ -189,7 +191,7 @@ class Base(TorchCall):
         self.base = self
         self.function, self.name, self._operand_names = function, name, operand_names
         self.operations, self.fused_kernels = operations, fused_kernels
-        self.fakeable, self.pure, self.grad_mode = fakeable, pure, grad_mode
+        self.fakeable, self.pure, self.reads, self.grad_mode = fakeable, pure, reads, grad_mode
         self.in_avals, self.out_avals, self.state = tuple(in_avals), tuple(out_avals), state
         self.buffers = buffers
         self.forward_mode, self.vmap_method, self.residuals = forward_mode, vmap_method, residuals

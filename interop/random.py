@@ -193,7 +193,8 @@ def _examples(key: torch.Tensor) -> tuple[tuple[int, ...], list[list[int]] | Non
         for i, (level, _) in enumerate(sorted(levels)):  # an axis is counted among those of inner levels
             key = key.movedim(axes[level] + i, i) if level in axes else key.unsqueeze(i)
         key = key.expand(*batch, *key.shape[len(batch) :])
-        return batch, key.reshape(math.prod(batch), -1).tolist()
+        with torch._C.DisableTorchFunction():  # no value that the callable reads
+            return batch, key.reshape(math.prod(batch), -1).tolist()
 
 
 def _seed(words: Sequence[int]) -> int:

@@ -67,7 +67,8 @@ class Specialized:
             state=tuple(zip(found.state, range(self._n_outs, len(out_avals)), strict=True)),
             operations=found.operations,
             fakeable=found.fakeable and HIGHER_ORDER not in found.fused_kernels,  # torch.func.jvp of `cond` is zero
-            pure=found.fakeable and not (found.random or found.checkpoints),
+            pure=found.steady,
+            reads=found.reads if found.steady and not found.fakeable else None,
             grad_mode=found.grad_mode,
             fused_kernels=found.fused_kernels,
             buffers=buffers,
