@@ -1,5 +1,6 @@
 """What torch says of an aten op: its arguments by name, and which tensors it writes into."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,6 +32,13 @@ def written(op: Any, arguments: dict[str, Any]) -> Iterator[torch.Tensor]:
             for tensor in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(tensor, torch.Tensor):
                     yield tensor
+
+
+@functools.cache
+def reads_values(op: Any) -> bool:
+    """Whether an op gives values of its operands to Python, as `.item()` and `torch.equal` do."""
+    returns = [str(r.type) for r in op._schema.returns]
+    return torch.Tag.data_dependent_output in op.tags and bool(returns) and not any("Tensor" in t for t in returns)
 
 
 STATISTICS = ("running_mean", "running_var")

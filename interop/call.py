@@ -240,7 +240,8 @@ class Base(TorchCall):
     - `buffers`: operands that could be state; torch has no derivatives by many of them.
     - `device`: where it was traced, and is likely to run.
     - `fakeable`: whether `function` can run on fake tensors (False if it inspects values).
-    - `pure`: whether it runs the same ops each time, so far as a trace tells.
+    - `pure`: whether it runs the same ops each time for the same values, so far as a trace tells.
+    - `reads`: the values it reads with some operands, if it does nothing but ops with them; None if it may.
     - `captures`: whether it computes with tensors of its own, as far as is known.
     - `grad_mode`: whether `function` has to run in torch's default grad mode in any case.
     - `fused_kernels`: those it uses that are replaced under higher derivatives (`kernels.py`).
@@ -262,6 +263,7 @@ class Base(TorchCall):
         fakeable: bool,
         pure: bool,
         captures: bool,
+        reads: tuple[Any, ...] | None,
         grad_mode: bool,
         fused_kernels: frozenset[str],
         forward_mode: bool,
@@ -273,7 +275,8 @@ class Base(TorchCall):
         self.base = self
         self.function, self.name, self._operand_names = function, name, operand_names
         self.operations, self.device, self.fused_kernels = operations, device, fused_kernels
-        self.fakeable, self.pure, self.captures, self.grad_mode = fakeable, pure, captures, grad_mode
+        self.fakeable, self.pure, self.reads, self.grad_mode = fakeable, pure, reads, grad_mode
+        self.captures = captures
         self.in_avals, self.out_avals, self.state = tuple(in_avals), tuple(out_avals), state
         self.in_axes, self.out_axes = ({},) * len(in_avals), ({},) * len(out_avals)
         self.buffers = buffers

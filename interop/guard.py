@@ -77,16 +77,24 @@ class Guard(Mode):
 
 
 class Exposure(TorchFunctionMode):
-    """Within it, `seen` is called with a tensor whose memory is handed out."""
+    """Within it, `seen` is called with tensors whose memory is about to be handed out, and `listed` with the values of
+    tensors that were made lists."""
 
-    def __init__(self, seen: Callable[[Iterable[torch.Tensor]], None]):
+    def __init__(
+        self,
+        seen: Callable[[Iterable[torch.Tensor]], None],
+        listed: Callable[[torch.Tensor, Any], None] | None = None,
+    ):
         super().__init__()
-        self._seen = seen
+        self._seen, self._listed = seen, listed
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", None) in EXPOSING:
             self._seen(x for x in args if isinstance(x, torch.Tensor))
-        return func(*args, **kwargs) if kwargs else func(*args)
+        output = func(*args, **kwargs) if kwargs else func(*args)
+        if self._listed is not None and func is torch.Tensor.tolist:
+            self._listed(args[0], output)
+        return output
 
 
 @functools.cache

@@ -45,9 +45,9 @@ def hidden_writes(call: TorchCall) -> bool:
         with watch:
             reverse.pullback(function, take(tensors, active), tensors[n:])
 
-    if not call.base.fakeable:
+    if not call.base.fakeable and call.base.reads is None:
         return True
-    failure = trial_run(differentiate, (*call.in_avals, *cotangents), call.base.device)
+    failure = trial_run(differentiate, (*call.in_avals, *cotangents), call.base.device, call.base.reads or ())
     if any(w.in_forward for w in found) or _LEAF_WRITTEN in str(failure):
         raise TorchCallError(
             f"{call.name} writes into an argument only where that requires gradients, so that it and its gradient "

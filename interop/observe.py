@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
 
 from . import kernels
-from .aten import bound, in_checkpoint, tensors_in, written
+from .aten import bound, in_checkpoint, reads_values, tensors_in, written
 from .call import Aval
 from .errors import CapturedWriteError, StateError, TorchCallError, signature_text
 from .guard import Exposure
@@ -49,6 +50,8 @@ class Observation:
     """Whether an op made a tensor whose shape depended on values."""
     leaves_torch: bool
     """Whether it handed out the memory of a tensor, past torch's dispatcher."""
+    reads: tuple[Any, ...]
+    """The values that ops gave to Python."""
     host_random: frozenset[str] = frozenset()
     """Python's and NumPy's generators that it drew from."""
 
@@ -77,7 +80,7 @@ def observe(
             exposed.setdefault(i, operands[i].detach().clone())
 
     try:
-        with watch, Exposure(note_exposure), torch.set_grad_enabled(grad_mode):
+        with watch, Exposure(note_exposure, watch.note_list), torch.set_grad_enabled(grad_mode):
             output, after = traced.function(*operands)
             described = describe(output, traced.name)
             watch.mutated |= {i for i, before in exposed.items() if not torch.equal(before, operands[i])}
@@ -106,6 +109,7 @@ def observe(
         checkpoints=watch.checkpoints,
         makes_shapes=watch.makes_shapes,
         leaves_torch=watch.leaves_torch,
+        reads=tuple(watch.reads),
     )
 
 
@@ -143,6 +147,7 @@ class _Watch(Mode):
         self.mutated: set[int] = set()
         self.fused_kernels: set[str] = set()
         self.operations = 0.0
+        self.reads: list[Any] = []
         self.random = self.captures = self.checkpoints = self.makes_shapes = self.leaves_torch = False
         self._name, self._fake = traced.name, fake
         self._key_remedy = None if traced.has_key else traced.key_remedy
@@ -185,7 +190,14 @@ class _Watch(Mode):
         output = func(*args, **kwargs)
         self.operations += operations(func, args, kwargs, output)
         self._note_made(func, args, kwargs, output)
+        if reads_values(func):
+            self.reads.append(output)
         return output
+
+    def note_list(self, tensor: torch.Tensor, values: Any) -> None:
+        """A tensor's values were read past torch's dispatcher; those of a fake tensor are, one by one, by ops."""
+        if self._fake is None:
+            self.reads += tree_leaves(values)
 
     def exposed(self, tensors: Iterable[torch.Tensor]) -> Iterator[int]:
         """The operands among tensors whose memory is handed out; it need not be one of a captured tensor."""

@@ -124,7 +124,8 @@ class WithKey(Mode):
     @functools.cached_property
     def words(self) -> list[list[int]] | None:
         """The words of each example's key, which the host has to read; None on fake tensors."""
-        return None if self._keys is None else self._keys.tolist()
+        with torch._C.DisableTorchFunction():  # no value that the callable reads
+            return None if self._keys is None else self._keys.tolist()
 
     @functools.cached_property
     def _generators(self) -> "list[_Generators]":

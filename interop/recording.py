@@ -9,7 +9,7 @@ idea is that of [make_fx](https://docs.pytorch.org/docs/stable/func.api.html) an
 
 import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .aten import bound, written
+from .aten import bound, reads_values, written
+from .guard import Exposure
 from .memory import fills_storage, is_plain, memory_key, storage_of
 from .modes import Mode
 from .random import draws
@@ -28,6 +29,7 @@ _MOST_STEPS = 2000
 """How long a recording may be: code has to be compiled."""
 _MOST_BYTES = 2**29
 """How large its outputs may be, of which it holds copies."""
+NOTHING = object()
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,13 @@ class Step:
     """Whether it may refuse the values of its operands, so that it counts though nobody uses what it returns."""
     grad_mode: bool
     """Whether gradients are enabled: some ops ask."""
+    read: Any = NOTHING
+    """The value that it gave to Python: with another one, Python might go elsewhere."""
 
     @property
     def made(self) -> Slot | None:
         """The one tensor it makes, if it does nothing else."""
-        return None if self.is_sequence or self.writes else self.results[0]
+        return self.results[0] if self.results and not (self.is_sequence or self.writes) else None
 
     def operands(self) -> set[int]:
         """The slots it reads, or writes into."""
@@ -123,7 +127,7 @@ class Recorder(Mode):
         self.parts.append(part)
         if any(map(_unlike_memory, inputs)) or len(self._borrowed) < len(inputs):
             self.failure = "an operand is not plain memory, or shares it"
-        with self:
+        with self, Exposure(self._note_exposure, self._note_list):
             outputs = work()
         if self.failure is None and any(self._is_written_unseen(x()) for x in self._made_tensors):
             self.failure = "something wrote into a tensor unseen, on another thread for instance"
@@ -142,8 +146,19 @@ class Recorder(Mode):
         return func(*args, **kwargs)
 
     def op(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if self.failure is not None:
-            return func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():  # what an op does within, it does in every run
+            return func(*args, **kwargs) if self.failure is not None else self._op(func, args, kwargs)
+
+    def _note_list(self, tensor: torch.Tensor, values: Any) -> None:
+        """Python is given values past torch's dispatcher."""
+        if self.failure is None:
+            with torch._C.DisableTorchFunction():
+                self._note_value(torch.Tensor.tolist, ((self._slot(tensor),), {}), values)
+
+    def _note_exposure(self, tensors: Iterable[torch.Tensor]) -> None:
+        self.failure = self.failure or "memory is handed out, past torch's dispatcher"
+
+    def _op(self, func: Any, args: Any, kwargs: Any) -> Any:
         arguments = bound(func, args, kwargs)
         op = _PLAIN.get(func, func)
         targets = list(written(func, arguments)) if op is func else []
@@ -159,6 +174,9 @@ class Recorder(Mode):
             raise
         if [memory_key(x) for x in targets] != before:
             self.failure = f"{func} changes the memory of a tensor"
+            return output
+        if reads_values(op):
+            self._note_value(func._op, given, output)
             return output
         self._note(op, given, output, writes=bool(targets))
         self._written |= {storage_of(x) for x in targets}
@@ -181,6 +199,10 @@ class Recorder(Mode):
         if any(storage_of(x) not in self._made for x in targets):
             return f"{op} writes into a tensor from outside"
         return None
+
+    def _note_value(self, function: Any, given: tuple[Any, Any], value: Any) -> None:
+        step = Step(function, *given, [], False, False, True, torch.is_grad_enabled(), value)
+        self.parts[-1].steps.append(step)
 
     def _note(self, op: Any, given: tuple[Any, Any], output: Any, *, writes: bool) -> None:
         if op in _OF_GEOMETRY:
@@ -233,10 +255,11 @@ def checks(op: Any) -> bool:
 
 
 def _depends_on_values(op: Any, arguments: dict[str, Any]) -> bool:
-    """Whether the values of its operands decide on what an op returns, or on its shape."""
+    """Whether the values of its operands decide on the shape of what an op returns."""
     if op is _aten.index.Tensor:
         return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in arguments["indices"])
-    return torch.Tag.data_dependent_output in op.tags or torch.Tag.dynamic_output_shape in op.tags
+    is_dependent = torch.Tag.data_dependent_output in op.tags and not reads_values(op)
+    return is_dependent or torch.Tag.dynamic_output_shape in op.tags
 
 
 _aten = torch.ops.aten

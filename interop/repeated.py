@@ -10,11 +10,12 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 from .recording import Recorder
-from .replay import Code, Replay, codes_of
+from .replay import Code, OtherValueError, Replay, codes_of
 
 Tensors = tuple[torch.Tensor, ...]
 Direction = tuple[tuple[int, ...], tuple[int, ...]]
@@ -24,6 +25,8 @@ SMALL = 1e9
 LARGE = 1e11
 """Floating-point operations up to which a call is recorded; the proof takes one run more."""
 
+_OTHERS = 8
+"""How many recordings, and replays, may differ by the values that Python reads."""
 _TRIES = 64  # a recording ends in vain where the backward half never comes
 
 
@@ -36,7 +39,8 @@ class Repeated:
         self.direction: Direction | None = None
         """Of a forward and a backward half: the operands and the outputs by which gradients are taken."""
         self._first: tuple[Code, ...] | None = None
-        self._tries, self._decided = 0, False
+        self._tries, self._decided, self._others = 0, False, 0
+        self._hits = self._misses = 0
         self._under_way: weakref.WeakSet[Recorder] = weakref.WeakSet()
         self._lock = threading.Lock()
 
@@ -81,10 +85,37 @@ class Repeated:
                     self._first, self.direction = codes, direction
                     return
                 if codes is not None and self._is_second(codes, direction):
-                    self.replays = _proven(codes, recorder, inputs)
+                    replays = _proven(codes, recorder, inputs)
+                    self.replays = replays and tuple(map(self._counted, codes, replays))
+                elif codes is not None and self._values_differ(codes):
+                    self._first, self.direction = codes, direction
+                    return
             except Exception:  # of an argument that is like no other, for instance
                 self.replays = None
             self._decided, self._first = True, None
+
+    def _values_differ(self, codes: tuple[Code, ...]) -> bool:
+        """Whether it may be for other values that this recording is not like the first one, and another may be."""
+        self._others += 1
+        return self._others < _OTHERS and any(code.reads for code in codes)
+
+    def _counted(self, code: Code, run: Replay) -> Replay:
+        """A replay that is given up where the values that Python has read are others too often."""
+        if not code.reads:
+            return run
+
+        def counted(*tensors: Any) -> list[torch.Tensor]:
+            try:
+                kept = run(*tensors)
+            except OtherValueError:
+                self._misses += 1
+                if self._misses > _OTHERS + self._hits // 4:
+                    self.replays = None
+                raise
+            self._hits += 1
+            return kept
+
+        return counted
 
     def _is_second(self, codes: tuple[Code, ...], direction: Direction | None) -> bool:
         first = self._first

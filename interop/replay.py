@@ -16,7 +16,7 @@ import torch
 
 from .cuda_graphs import MOST_BYTES, Captured
 from .memory import memory_key
-from .recording import Part, Recorder, Slot, Step
+from .recording import NOTHING, Part, Recorder, Slot, Step
 from .static import static_key
 
 Replay = Callable[..., list[torch.Tensor]]
@@ -32,6 +32,15 @@ def codes_of(recorder: Recorder) -> "tuple[Code, ...]":
         codes.append(Code(recorder, part, kept))
         kept = codes[-1].given
     return tuple(codes[::-1])
+
+
+class OtherValueError(Exception):
+    """A value that Python has read is another one than in the recording."""
+
+
+def _check_value(value: Any, recorded: Any) -> None:
+    if value != recorded and not (value != value and recorded != recorded):
+        raise OtherValueError
 
 
 class Code:
@@ -58,6 +67,8 @@ class Code:
         self._names: dict[int, str] = {}
         self.values = {self._show(Slot(n)): recorder.constants[n] for n in outside if n in recorder.constants}
         """The globals of the code: constants, ops, and what has no literal."""
+        self.reads = any(step.read is not NOTHING for step in steps)
+        """Whether Python has read values."""
         self.source = "\n    ".join(self._lines(steps, inputs, len(part.outputs)))
         self._made_bytes = sum(self._memory[slot.number].n_bytes for step in steps for slot in step.results if slot)
         self._is_on_gpu = any(x.is_cuda for x in part.results)
@@ -137,12 +148,19 @@ class Code:
         return [f"r{i}.copy_({self._show(Slot(n))})" for i, n in self._copied if changed[n] == step]
 
     def _line(self, step: Step) -> str:
+        if step.read is not NOTHING:
+            return self._check(step)
         op, given = step.op, [*map(self._show, step.args), *(f"{k}={self._show(v)}" for k, v in step.kwargs.items())]
         if step.made and step.made.number in self._direct:
             op = OUT_VARIANTS[op]
             given.append(f"{op._schema.arguments[-1].name}={self._result(step.made.number)}")
         results = "".join((self._show(slot) if slot else "_") + ", " for slot in step.results)
         return f"{results if step.is_sequence else results[:-2]} = {self._global(op._op)}({', '.join(given)})"
+
+    def _check(self, step: Step) -> str:
+        """What goes on only where a value is the one that was read."""
+        read = f"{self._global(step.op)}({', '.join(map(self._show, step.args))})"
+        return f"{self._global(_check_value)}({read}, {self._show(step.read)})"
 
     def _result(self, made: int) -> str:
         """Where a slot is made that is an output, or has it as a view."""

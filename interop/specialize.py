@@ -9,7 +9,6 @@ import torch
 
 from . import ambient, dtypes, guard
 from .call import Aval, Base, Tensors
-from .device_random import can_draw
 from .errors import TorchCallError
 from .guard import Guard
 from .kernels import HIGHER_ORDER, UNRECORDED
@@ -71,7 +70,8 @@ class Specialized:
             operations=found.operations,
             device=device,
             fakeable=found.fakeable and HIGHER_ORDER not in found.fused_kernels,  # torch.func.jvp of `cond` is zero
-            pure=found.fakeable and not found.checkpoints and (not found.random or can_draw(device)),
+            pure=found.steady,
+            reads=found.reads if found.steady and not found.fakeable else None,
             captures=found.captures,
             grad_mode=found.grad_mode,
             fused_kernels=found.fused_kernels,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from . import kernels
+from .device_random import can_draw
 from .errors import TorchCallError, quote, signature_text
 from .examples import Example
 from .host_random import drawn_from, host_generators_seeded, refuse_host_draws
@@ -36,6 +37,8 @@ class Trace(Observation):
     """Whether it does the same for all values: it runs on fake tensors."""
     watched: bool = False
     """Whether a run may do what no observation showed."""
+    steady: bool = True
+    """Whether it does nothing but ops, which are the same where `reads` are."""
     grad_mode: bool = True
     """Whether it has to run in torch's default grad mode also where nothing is differentiated."""
 
@@ -55,7 +58,8 @@ def trace(traced: Traceable, *, out_shape: Any, examples: Callable[[], Iterable[
     grad_mode = True
     if "recurrent" in found.fused_kernels:  # oneDNN's are faster where no gradients are recorded
         grad_mode = not _is_same_without_gradients(traced, found)
-    return _traced(found, watched=mode.read_captured, grad_mode=grad_mode)
+    steady = not found.checkpoints and (not found.random or can_draw(traced.device))
+    return _traced(found, watched=mode.read_captured, grad_mode=grad_mode, steady=steady)
 
 
 def _traced(found: Observation, **others: Any) -> Trace:
@@ -69,8 +73,8 @@ Fake = tuple[Observation | None, KnownConstants, Exception | None]
 """What fake tensors show, their mode, and what was raised."""
 
 
-def _on_fake(traced: Traceable, *, grad_mode: bool = True) -> Fake:
-    with fake_mode() as mode:
+def _on_fake(traced: Traceable, *, grad_mode: bool = True, answers: Sequence[Any] = ()) -> Fake:
+    with fake_mode(answers) as mode:
         try:
             operands = [torch.empty(shape, dtype=dtype, device=traced.device) for shape, dtype in traced.specs]
             return observe(traced, operands, mode, grad_mode=grad_mode), mode, None
@@ -142,10 +146,27 @@ def _on_examples(
         ) from failure
     if not found:
         return _anything(traced, shown)
-    return _together(traced, found, shown, leaves_torch=_leaves_torch(failure, first))
+    is_steady = not (found[0].host_random or found[0].makes_shapes) and _goes_on_with(traced, found[0].reads)
+    return _together(traced, found, shown, leaves_torch=_leaves_torch(failure, first), steady=is_steady)
 
 
-def _together(traced: Traceable, found: Sequence[Observation], output: Output, *, leaves_torch: bool) -> Trace:
+def _goes_on_with(traced: Traceable, reads: Sequence[Any]) -> bool:
+    """Whether fake tensors get through the callable once they are told the values that it reads."""
+    if not 0 < len(reads) < _MOST_READS:
+        return False
+    try:
+        found, *_ = _on_fake(traced, answers=reads)
+    except TorchCallError:
+        return False
+    return found is not None
+
+
+_MOST_READS = 1000
+
+
+def _together(
+    traced: Traceable, found: Sequence[Observation], output: Output, *, leaves_torch: bool, steady: bool = False
+) -> Trace:
     """What several runs did, of which another may do other things."""
     state = {i for one in found for i in one.state}
     observed = frozenset().union(*(one.fused_kernels for one in found))
@@ -161,9 +182,11 @@ def _together(traced: Traceable, found: Sequence[Observation], output: Output, *
         checkpoints=any(one.checkpoints for one in found),
         makes_shapes=any(one.makes_shapes for one in found),
         leaves_torch=leaves_torch or any(one.leaves_torch for one in found),
+        reads=found[0].reads,
         host_random=frozenset().union(*(one.host_random for one in found)),
         fakeable=False,
         watched=True,
+        steady=steady and not any(one.random for one in found),
     )
 
 
@@ -181,8 +204,10 @@ def _anything(traced: Traceable, output: Output) -> Trace:
         checkpoints=False,
         makes_shapes=True,
         leaves_torch=True,
+        reads=(),
         fakeable=False,
         watched=True,
+        steady=False,
     )
 
 

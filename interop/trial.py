@@ -17,7 +17,7 @@ _fake_logger = logging.getLogger("torch._subclasses.fake_tensor")
 
 
 @contextlib.contextmanager
-def fake_mode() -> Iterator[KnownConstants]:
+def fake_mode(answers: Sequence[Any] = ()) -> Iterator[KnownConstants]:
     """Tensors made inside carry shapes and dtypes but no data, unless they follow from constants (`known.py`)."""
     was_disabled = _fake_logger.disabled
     _fake_logger.disabled = True  # it logs a traceback for each failure, which we report ourselves
@@ -27,7 +27,7 @@ def fake_mode() -> Iterator[KnownConstants]:
     try:
         with (
             torch.inference_mode(False),
-            KnownConstants() as mode,
+            KnownConstants(answers) as mode,
             torch.no_grad(),
             differentiable_path(),
             without_cudnn(),
@@ -54,10 +54,13 @@ def _without_vmap_fallback() -> Iterator[None]:
         _functorch._set_vmap_fallback_enabled(enabled)
 
 
-def trial_run(function: Callable[..., Any], avals: Sequence[Any], device: torch.device) -> Exception | None:
-    """Run `function` on fake tensors of a device; the exception it raised, if any."""
+def trial_run(
+    function: Callable[..., Any], avals: Sequence[Any], device: torch.device, answers: Sequence[Any] = ()
+) -> Exception | None:
+    """Run `function` on fake tensors of a device, which give `answers` where it reads values; the exception it raised,
+    if any."""
     try:
-        with neutral(), fake_mode(), plain_kernels(), _without_vmap_fallback():
+        with neutral(), fake_mode(answers), plain_kernels(), _without_vmap_fallback():
             function(*empty_like_avals(avals, device))
     except Exception as exc:
         return exc

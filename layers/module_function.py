@@ -13,7 +13,7 @@ from ..interop.arguments import Arguments, Filler
 from ..interop.call import Aval
 from ..interop.errors import CapturedWriteError, RandomnessError, StateError, TorchCallError
 from ..interop.function import TorchFunction
-from ..interop.guard import changed
+from ..interop.guard import changed, is_plain_run
 from ..interop.trace import Trace
 from ..interop.traceable import Flat
 from .attributes import Change, put_back, stray_tensors
@@ -83,7 +83,7 @@ class ModuleFunction(TorchFunction):
                 output = to_flax_layout(output)
             lost = replaced.keys() - kept - found.restored
             if found.watched:
-                lost = {i for i in lost if changed(weights[i], replaced[i])}
+                lost = {i for i in lost if is_plain_run(weights) and changed(weights[i], replaced[i])}
             if lost:
                 self.refuse_write(lost, stateful=stateful)
             return output, [replaced.get(i, weights[i]) for i in kept]
