@@ -34,6 +34,7 @@ class Arguments:
         leading: Mapping[str, Any] | None = None,
     ):
         self._leading = leading or {}
+        self.n_leading = len(self._leading)
         leaves, self._treedef = flatten_registering((args, kwargs))
         self._is_array = tuple(map(_is_array, leaves))
         self._signature, self._args, self._kwargs = signature, args, kwargs

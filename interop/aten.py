@@ -1,5 +1,6 @@
 """What torch says of an aten op: its arguments by name, and which tensors it writes into."""
 
+import functools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -15,31 +16,34 @@ def bound(op: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     return defaults | dict(zip((a.name for a in declared), args, strict=False)) | kwargs
 
 
+def tensors_in(*values: Any) -> Iterator[torch.Tensor]:
+    """The tensors among the arguments of an op, or among what it returned, in lists as well."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_in(*value)
+
+
 def written(op: Any, arguments: dict[str, Any]) -> Iterator[torch.Tensor]:
     """The tensors an op writes into."""
     for argument in op._schema.arguments:
         declared = argument.alias_info is not None and argument.alias_info.is_write
-        if declared or (argument.name in _STATISTICS and _updates_statistics(op, arguments)):
-            yield from tensors_in({argument.name: arguments.get(argument.name)})
+        if declared or (argument.name in STATISTICS and _updates_statistics(op, arguments)):
+            value = arguments.get(argument.name)
+            for tensor in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(tensor, torch.Tensor):
+                    yield tensor
 
 
-def tensors_in(arguments: dict[str, Any]) -> Iterator[torch.Tensor]:
-    """The tensors among the arguments of an op."""
-    for value in arguments.values():
-        for item in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(item, torch.Tensor):
-                yield item
+@functools.cache
+def reads_values(op: Any) -> bool:
+    """Whether an op gives values of its operands to Python, as `.item()` and `torch.equal` do."""
+    returns = [str(r.type) for r in op._schema.returns]
+    return torch.Tag.data_dependent_output in op.tags and bool(returns) and not any("Tensor" in t for t in returns)
 
 
-def storage_of(tensor: torch.Tensor) -> int:
-    """The address of a tensor's storage, which is another's when it is gone; 0 if it has none, as a sparse one."""
-    try:
-        return tensor.untyped_storage()._cdata
-    except NotImplementedError:
-        return 0
-
-
-_STATISTICS = ("running_mean", "running_var")
+STATISTICS = ("running_mean", "running_var")
 
 
 def _updates_statistics(op: Any, arguments: dict[str, Any]) -> bool:

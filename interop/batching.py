@@ -6,6 +6,7 @@ operands and outputs exchanged.
 """
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable
 from functools import cached_property
@@ -14,7 +15,8 @@ import torch
 
 from . import dtypes, scope
 from .call import Aval, Linearized, Tensors, TorchCall, VmapMethod, take
-from .errors import StateError, TorchCallError, quote
+from .errors import StateError, TorchCallError
+from .plan import Plan
 from .trial import trial_run
 
 Dims = tuple[int | None, ...]
@@ -44,20 +46,30 @@ class Vmap(TorchCall):
         super().__init__()
         self.inner, self.in_dims, self.out_dims = inner, in_dims, out_dims
         self.size, self.method = size, method
-        self.base, self.state, self.linear_operands = inner.base, inner.state, inner.linear_operands
+        self.base, self.depth, self.state = inner.base, inner.depth + 1, inner.state
+        self.linear_operands, self.directions = inner.linear_operands, inner.directions
         self._shared = frozenset(out for _, out in inner.state if out_dims[out] is None)
         self.differentiated, self.operations = inner.differentiated, size * inner.operations
         self.in_avals = tuple(_batched_aval(a, d, size) for a, d in zip(inner.in_avals, in_dims, strict=True))
         self.out_avals = tuple(_batched_aval(a, d, size) for a, d in zip(inner.out_avals, out_dims, strict=True))
+        self.transform = "vmap" if self._way is _by_examples and method != "loop" else None
+        own = self.depth if self._way is _by_examples else None
+        self.in_axes = tuple(_batched_axes(a, d, own) for a, d in zip(inner.in_axes, in_dims, strict=True))
+        self.out_axes = tuple(_batched_axes(a, d, own) for a, d in zip(inner.out_axes, out_dims, strict=True))
 
     @property
     def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return f"vmap({self.inner.name})"
 
-    @property
-    def plain_kernels(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether torch.func.vmap is used: fused attention has no batching rule."""
-        return self.inner.plain_kernels or self._strategy is _functional
+    def explore(self) -> None:
+        if self._way is _natively:
+            self._batch_axes  # noqa: B018 (a trial run)
+        elif self._way is _merged:
+            self._merged_call.explore()
+
+    def fewer_examples(self) -> TorchCall:
+        size = min(self.size, 2) if self._way is _by_examples else self.size
+        return self.inner.fewer_examples().derive(Vmap, self.in_dims, self.out_dims, size, self.method)
 
     def linearize(self, active: tuple[int, ...]) -> Linearized | None:
         linearized = self.inner.linearize(active)
@@ -85,29 +97,12 @@ class Vmap(TorchCall):
     def _like(self, inner: TorchCall, in_dims: Dims, out_dims: Dims) -> TorchCall:
         return inner.derive(Vmap, in_dims, out_dims, self.size, self.method)
 
-    def prepare(self) -> None:
-        self.inner.prepare()
-        self._strategy  # noqa: B018 (decides it)
-
-    @property
-    def composable(self) -> bool:
-        return self.inner.composable
-
     @property
     def recordable(self) -> bool:
         return self.inner.recordable
 
-    def run(self, *tensors: torch.Tensor) -> Tensors:
-        tensors = _batch_first(self, tensors)
-        if self._strategy is _functional and self.base.is_loose:
-            self._strategy = _loop  # it was decided before that was known
-        try:
-            batched = self._strategy(self, *tensors)
-        except RuntimeError as exc:  # torch takes other branches for fake tensors, so a trial does not tell all
-            if self._strategy is not _functional or self.method == "vmap" or not str(exc).startswith("vmap: "):
-                raise
-            self._strategy = self._fall_back(quote(exc))
-            batched = self._strategy(self, *tensors)
+    def compute(self, plan: Plan, *tensors: torch.Tensor) -> Tensors:
+        batched = self._way(self, plan, *_batch_first(self, tensors))
         return tuple(
             y if i in self._shared else y.sum(0) if d is None else y.movedim(0, d)
             for i, (y, d) in enumerate(zip(batched, self.out_dims, strict=True))
@@ -119,13 +114,22 @@ class Vmap(TorchCall):
         return _find_batch_axes(self)
 
     @cached_property
+    def _way(self) -> "Callable[..., Tensors]":
+        """How to run; every way returns outputs batched along axis 0."""
+        if self.size == 0:
+            return _empty
+        if self.method == "batched" and self.inner is self.base:
+            return _natively
+        return _merged if self._continues_batch else _by_examples
+
+    @property
     def _continues_batch(self) -> bool:
         """Whether this batch and the one inside it are one batch for a natively batched callable."""
         inner = self.inner
         return (
             self.method == "batched"
             and isinstance(inner, Vmap)
-            and inner._strategy in (_batched, _merged)
+            and inner._way in (_natively, _merged)
             and all((d is None) == (e is None) for d, e in zip(self.in_dims, inner.in_dims, strict=True))
         )
 
@@ -136,40 +140,20 @@ class Vmap(TorchCall):
         in_dims = tuple(None if d is None else 0 for d in self.in_dims)
         return inner.inner.derive(Vmap, in_dims, inner.out_dims, self.size * inner.size, self.method)
 
-    @cached_property
-    def _strategy(self) -> "Callable[..., Tensors]":
-        """How to run; every strategy returns outputs batched along axis 0."""
-        if self.size == 0:
-            return _empty
-        if self.method == "batched" and self.inner is self.base:
-            self._batch_axes  # noqa: B018 (a trial run, before the first run)
-            return _batched
-        if self._continues_batch:
-            self._merged_call.prepare()
-            return _merged
-        if self.method == "loop":
-            return _loop
-        failure = _vmap_failure(self)
-        if failure is None:
-            return _functional
+    def tell_of_loop(self, because: str) -> None:
         if self.method == "vmap":
             raise TorchCallError(
-                f"vmap of {self.inner.name}: torch.func.vmap cannot batch it ({failure}). Use vmap_method='auto' or "
+                f"vmap of {self.inner.name}: torch.func.vmap cannot batch it ({because}). Use vmap_method='auto' or "
                 "'loop' to run it example by example, or 'batched' if it takes a leading batch axis itself."
             )
-        return self._fall_back(failure)
-
-    def _fall_back(self, failure: str) -> "Callable[..., Tensors]":
-        """The loop, with a warning that says why."""
         if not self.base.warned:
             self.base.warned = True
             warnings.warn(
                 f"vmap of {self.inner.name}: torch.func.vmap cannot batch it, so it runs as a loop over {self.size} "
-                f"examples inside one torch call ({failure}). Pass vmap_method='batched' if it takes a leading batch "
+                f"examples inside one torch call ({because}). Pass vmap_method='batched' if it takes a leading batch "
                 "axis itself, or vmap_method='loop' to silence this.",
                 stacklevel=3,
             )
-        return _loop
 
 
 def _find_batch_axes(call: Vmap) -> tuple[int, ...]:
@@ -179,10 +163,11 @@ def _find_batch_axes(call: Vmap) -> tuple[int, ...]:
     in_avals = [
         _batched_aval(a, None if d is None else 0, size) for a, d in zip(call.inner.in_avals, call.in_dims, strict=True)
     ]
-    if (
-        trial_run(lambda *tensors: shapes.extend(tuple(y.shape) for y in call.inner.run(*tensors)), in_avals)
-        is not None
-    ):
+
+    def note_shapes(*tensors: torch.Tensor) -> None:
+        shapes.extend(tuple(y.shape) for y in call.base.run(*tensors))
+
+    if trial_run(note_shapes, in_avals, call.base.device) is not None:
         return (0,) * len(avals)
     axes = tuple(shape.index(size) if size in shape else 0 for shape in shapes)
     for i, (shape, axis) in enumerate(zip(shapes, axes, strict=True)):
@@ -205,32 +190,32 @@ def _check_batched(call: Vmap, output: int, shape: tuple[int, ...], axis: int, s
         )
 
 
-def _vmap_failure(call: Vmap) -> str | None:
-    """Why torch.func.vmap cannot batch `call.inner`: torch's first sentence, which names the op."""
-    if not call.inner.composable:
-        return "it reads values, or torch.func cannot transform its derivative"
-    failure = trial_run(lambda *tensors: _functional(call, *_batch_first(call, tensors)), call.in_avals)
-    return None if failure is None else quote(failure).split(". ")[0].split("\n")[0]
-
-
 def _batch_first(call: Vmap, tensors: Tensors) -> Tensors:
     """Batch axes leading, in contiguous memory: JAX arrays have no strides, and `Tensor.view` asks for them."""
     return tuple(x.movedim(d, 0).contiguous() if d else x for x, d in zip(tensors, call.in_dims, strict=True))
 
 
-# Every strategy gets batch axes leading.
+# Every way gets batch axes leading.
 
 
-def _functional(call: Vmap, *tensors: torch.Tensor) -> Tensors:
+def _by_examples(call: Vmap, plan: Plan, *tensors: torch.Tensor) -> Tensors:
+    """All examples at once by `torch.func.vmap`, or one after another."""
+    by_vmap = call.depth <= plan.core and plan.batched and call.transform == "vmap"
+    return (_vectorised if by_vmap else _loop)(call, plan, *tensors)
+
+
+def _vectorised(call: Vmap, plan: Plan, *tensors: torch.Tensor) -> Tensors:
+    inner = functools.partial(call.inner.compute, plan)
     in_dims = tuple(None if d is None else 0 for d in call.in_dims)
-    return torch.func.vmap(call.inner.run, in_dims=in_dims, out_dims=0, randomness="different")(*tensors)
+    return torch.func.vmap(inner, in_dims=in_dims, out_dims=0, randomness="different")(*tensors)
 
 
-def _loop(call: Vmap, *tensors: torch.Tensor) -> Tensors:
+def _loop(call: Vmap, plan: Plan, *tensors: torch.Tensor) -> Tensors:
     def example(i: int) -> Tensors:
+        operands = (x if d is None else x[i] for x, d in zip(tensors, call.in_dims, strict=True))
         is_whole = not torch.is_grad_enabled()  # else a backward pass through all examples is to come
         with scope.opened() if is_whole and scope.current() else _NO_SCOPE:
-            return call.inner.run(*(x if d is None else x[i] for x, d in zip(tensors, call.in_dims, strict=True)))
+            return call.inner.compute(plan, *operands)
 
     return tuple(torch.stack(ys) for ys in zip(*map(example, range(call.size)), strict=True))
 
@@ -238,9 +223,9 @@ def _loop(call: Vmap, *tensors: torch.Tensor) -> Tensors:
 _NO_SCOPE = contextlib.nullcontext()
 
 
-def _batched(call: Vmap, *tensors: torch.Tensor) -> Tensors:
+def _natively(call: Vmap, plan: Plan, *tensors: torch.Tensor) -> Tensors:
     """One call of a natively batched function, shared operands as they are."""
-    outs = call.inner.run(*tensors)
+    outs = call.inner.compute(plan, *tensors)
     for i, (y, axis) in enumerate(zip(outs, call._batch_axes, strict=True)):
         _check_batched(call, i, tuple(y.shape), axis, call.size)
     return tuple(
@@ -249,7 +234,7 @@ def _batched(call: Vmap, *tensors: torch.Tensor) -> Tensors:
     )
 
 
-def _merged(call: Vmap, *tensors: torch.Tensor) -> Tensors:
+def _merged(call: Vmap, plan: Plan, *tensors: torch.Tensor) -> Tensors:
     """A batch of batches as one batch."""
     inner = call.inner
     assert isinstance(inner, Vmap)
@@ -259,11 +244,11 @@ def _merged(call: Vmap, *tensors: torch.Tensor) -> Tensors:
     ]
     return tuple(
         y if i in call._shared else y.unflatten(0, (call.size, inner.size))
-        for i, y in enumerate(call._merged_call.run(*merged))
+        for i, y in enumerate(call._merged_call.compute(plan, *merged))
     )
 
 
-def _empty(call: Vmap, *tensors: torch.Tensor) -> Tensors:
+def _empty(call: Vmap, plan: Plan, *tensors: torch.Tensor) -> Tensors:
     """A batch of none; sums over it are zeros, and shared state stays as it is."""
     device = tensors[0].device
     outs = [
@@ -279,3 +264,10 @@ def _batched_aval(aval: Aval, dim: int | None, size: int) -> Aval:
     if dim is None:
         return aval
     return Aval((*aval.shape[:dim], size, *aval.shape[dim:]), aval.dtype)
+
+
+def _batched_axes(axes: dict[int, int], dim: int | None, own: int | None) -> dict[int, int]:
+    """The batch axes of an operand or output when there is one more at `dim`, that of the level `own`."""
+    if dim is None:
+        return axes
+    return {level: a + (a >= dim) for level, a in axes.items()} | ({} if own is None else {own: dim})

@@ -8,9 +8,8 @@ The kinds, each built on another call down to the user's callable:
 - `Save(f, active)`: `f`, keeping torch's autograd graph for one of the above (`residuals.py`);
 - `Vmap(f, in_dims, out_dims)`: `f` over a batch axis (`batching.py`).
 
-How a call is carried out depends on what torch supports, decided once, when the call is compiled, by
-trial runs on fake tensors (`trial.py`): `torch.func` transforms where they have the rules, otherwise
-`torch.autograd` and loops, which always work.
+How a call is carried out is its plan (`plan.py`): `torch.func` transforms where they have the rules and have proven
+right, otherwise `torch.autograd` and loops, which always are.
 """
 
 import contextlib
@@ -22,9 +21,11 @@ import jax
 import torch
 
 from . import ambient, scope
+from .choice import Choice
 from .dtypes import is_inexact
-from .errors import signature_text
-from .kernels import COMPILED, chosen
+from .errors import quote, signature_text
+from .kernels import FUSED, NONE, UNRECORDED, chosen, lacking_derivatives, refuse_scripted
+from .plan import CERTAIN, Plan, Transform
 from .repeated import LARGE, Repeated
 from .tangents import in_forward_mode, stopped_by_no_grad
 
@@ -35,6 +36,7 @@ Residuals = Literal["live", "recompute"]
 Checkpoints = Literal["none", "kept", "reentrant"]
 Linearized = tuple["TorchCall", tuple[int, ...], tuple[int, ...]]
 Derived = TypeVar("Derived")
+Axes = tuple[dict[int, int], ...]
 
 
 class TorchCall:
@@ -49,58 +51,139 @@ class TorchCall:
     """Operands that are state, each with the output that is its new value, through which no gradient flows."""
     linear_operands: frozenset[int] = frozenset()
     """Operands the call is (jointly) linear in, given the others."""
+    directions: frozenset[int] = frozenset()
+    """Operands that are tangents or cotangents, of this derivative or of one within."""
     differentiated: bool = False
-    plain_kernels: bool = False
-    """Whether running the call may ask torch for derivatives that fused kernels lack."""
+    handle_operand: int | None = None
+    """The operand that is a handle."""
+    makes_handle: bool = False
+    """Whether the last output is one."""
+
+    inner: "TorchCall | None" = None
+    """The call it is built on."""
+    depth: int = 0
+    """How many levels it is away from the user's callable."""
+    transform: Transform | None = None
+    """The transform of torch.func that could carry out this level."""
+    in_axes: Axes
+    out_axes: Axes
+    """Of each operand and of each output, the axes that are batches, by the level whose examples they number."""
 
     operations: float
     """How many floating-point operations the call takes, about."""
 
     def __init__(self) -> None:
         self._derived: dict[Any, Any] = {}
+        self._repeated: dict[torch.device, Repeated] = {}
+        self.choice = Choice()
 
-    def run(self, *tensors: torch.Tensor) -> Tensors:
-        """Compute, in a way that composes with an enclosing transform."""
+    def levels(self) -> "list[TorchCall]":
+        """The call, the one it is built on, and so forth; without the user's callable."""
+        return [] if self.inner is None else [self, *self.inner.levels()]
+
+    def compute(self, plan: Plan, *tensors: torch.Tensor) -> Tensors:
+        """Compute by a plan."""
         raise AssertionError("abstract")
+
+    def fewer_examples(self) -> "TorchCall":
+        """The same call with at most two examples in each batch."""
+        raise AssertionError("abstract")
+
+    def tell_of_loop(self, because: str) -> None:
+        """Of a batch: say that it runs as a loop, or refuse to."""
 
     def execute(self, *tensors: torch.Tensor) -> Tensors:
         """Compute, outermost: called by the compiled program under `torch.no_grad()`."""
-        return self.run(*tensors)
+        return self.by_plan(tensors, lambda plan: self.compute(plan, *tensors))
+
+    def by_plan(self, tensors: Tensors, work: Callable[[Plan], Tensors]) -> Tensors:
+        """What `work` returns with a plan that is right on operands, or on the first few of them."""
+        plan = self.settled(tensors)
+        try:
+            return work(plan)
+        except RuntimeError as exc:  # torch may take other branches than in the proof
+            if plan == CERTAIN or not str(exc).startswith("vmap: "):
+                raise
+            self.choice.reject(self, plan, quote(exc))
+        return self.by_plan(tensors, work)
+
+    def sampled(self, tensors: Tensors) -> "tuple[TorchCall, Tensors]":
+        """The same call with at most two examples in each batch, and those of its operands, or of the first few."""
+        call = self.fewer_examples()
+        return call, tuple(map(_ends, tensors, self.in_axes))
+
+    def settled(self, tensors: Tensors) -> Plan:
+        """The plan of the call, proven on operands if it is not yet."""
+        if not self.choice.is_final:
+            self.choice.settle(self, tensors)
+        return self.choice.plan
+
+    @property
+    def plain_kernels(self) -> frozenset[str]:
+        """The fused kernels that the call has to do without, since it asks torch for rules that they lack."""
+        lacking = FUSED if self.choice.plan.core > 0 else NONE
+        return self.base.fused_kernels & (lacking | self._lacking_derivatives)
+
+    @cached_property
+    def _lacking_derivatives(self) -> frozenset[str]:
+        """The fused kernels that lack the derivatives that the call takes."""
+        # What is differentiated after a Jacobian-vector product by reverse mode is the backward's backward.
+        order = len(self.derivatives) + self.derivatives[1:].count("jvp")
+        lacking = lacking_derivatives(order, forward="jvp" in self.derivatives)
+        refuse_scripted(self.base.name, self.base.fused_kernels, lacking)
+        return lacking
+
+    @cached_property
+    def derivatives(self) -> tuple[Transform, ...]:
+        """The derivatives among its levels, the outermost first."""
+        return tuple(level.transform for level in self.levels() if level.transform in ("jvp", "vjp"))
 
     def repeat(self, *tensors: torch.Tensor) -> Tensors:
         """`execute`, for one of many runs."""
+        self.settled(tensors)  # a proof is not to be recorded
         return self.run_repeatedly(self.execute, tensors)
 
     def run_repeatedly(self, work: Callable[..., Tensors], tensors: Tensors) -> Tensors:
         """What `work` returns on `tensors`, recorded if that is still to be done."""
-        repeated = self.repeated if tensors and tensors[0].is_cpu else None
+        repeated = self.repeated_on(tensors[0].device) if tensors else None
         return work(*tensors) if repeated is None else repeated.run(work, tensors)
 
     def replay(self, operands: Tensors, results: Tensors) -> bool:
         """Write into `results` what earlier runs give on these operands; False where they cannot tell."""
-        repeated = self.repeated
+        repeated = self.repeated_on(results[0].device) if results else None
         if repeated is None or repeated.replays is None:
             return False
         repeated.replays[0]([], *operands, *results)
         return True
 
+    def repeated_on(self, device: torch.device) -> Repeated | None:
+        """Recordings of the call on a device, if it may be recorded."""
+        if device not in self._repeated and self.is_repeatable:
+            self._repeated.setdefault(device, Repeated())
+        return self._repeated.get(device)
+
     @cached_property
-    def repeated(self) -> Repeated | None:
-        """Recordings of the call, if it may be recorded."""
-        return Repeated() if self.operations <= LARGE and self.recordable else None
+    def is_repeatable(self) -> bool:
+        """Whether it may be recorded."""
+        return self.operations <= LARGE and self.recordable
 
     @property
     def recordable(self) -> bool:
         """Whether its ops do not depend on values, so far as is known."""
         raise AssertionError("abstract")
 
-    def prepare(self) -> None:
-        """Decide how to run, before the first run: trial runs cannot nest."""
+    def forget(self, results: Tensors) -> None:
+        """Give up what a run kept for later calls, which holds operands: the next ones keep nothing."""
 
-    @property
-    def composable(self) -> bool:
-        """Whether `run` may stand inside a `torch.func` transform."""
-        raise AssertionError("abstract")
+    def prepare(self) -> None:
+        """Decide how to run, before the first run."""
+        for level in self.levels():
+            level.explore()
+        self._lacking_derivatives  # noqa: B018 (raises where torch has none)
+        self.choice.prepare(self)
+
+    def explore(self) -> None:
+        """Find out by trial runs what running this level needs to know; they cannot nest."""
 
     def derive(self, kind: Callable[..., Derived], *statics: Any) -> Derived:
         """`kind(self, *statics)`, one object per set of statics, so that JAX's caches hit."""
@@ -157,19 +240,22 @@ class Base(TorchCall):
     - `operand_names`: how errors call the operands.
     - `state`: operands that are state, each with the output that is its new value.
     - `buffers`: operands that could be state; torch has no derivatives by many of them.
+    - `device`: where it was traced, and is likely to run.
     - `fakeable`: whether `function` can run on fake tensors (False if it inspects values).
-    - `pure`: whether it runs the same ops each time, so far as a trace tells.
+    - `pure`: whether it runs the same ops each time for the same values, so far as a trace tells.
+    - `reads`: the values it reads with some operands, if it does nothing but ops with them; None if it may.
+    - `captures`: whether it computes with tensors of its own, as far as is known.
     - `grad_mode`: whether `function` has to run in torch's default grad mode in any case.
-    - `foreign`: storages that must not be met, each with what it is (`trace.py`).
+    - `foreign`: storages that must not be met, each with what it is (`traceable.py`).
     - `trainable`: operands that are parameters of a module.
     - `differentiates`: whether those must require gradients in any case: `function` differentiates by them itself.
     - `checkpoints`: whether it uses `torch.utils.checkpoint`, and of which kind.
     - `is_loose`: whether torch's autograd has to differentiate each call by itself, without `torch.func`.
+    - `fused_kernels`: those it uses that are replaced under higher derivatives (`kernels.py`).
+    - `forward_mode`, `vmap_method`, `residuals`, `replay`: the user's options.
 
     Two facts are found when it is first differentiated (`hidden_writes.py`): `reenters`, whether its backward pass runs
     a part of the module again (`scope.py`), and `has_sparse_gradients`, which torch cannot batch.
-    - `fused_kernels`: those it uses that are replaced under higher derivatives (`kernels.py`).
-    - `forward_mode`, `vmap_method`, `residuals`, `replay`: the user's options.
     """
 
     def __init__(
@@ -183,8 +269,11 @@ class Base(TorchCall):
         state: tuple[tuple[int, int], ...],
         buffers: tuple[int, ...],
         operations: float,
+        device: torch.device,
         fakeable: bool,
         pure: bool,
+        captures: bool,
+        reads: tuple[Any, ...] | None,
         grad_mode: bool,
         foreign: Mapping[int, str],
         trainable: tuple[int, ...],
@@ -200,18 +289,26 @@ class Base(TorchCall):
         super().__init__()
         self.base = self
         self.function, self.name, self._operand_names = function, name, operand_names
-        self.operations, self.fused_kernels = operations, fused_kernels
-        self.fakeable, self.pure, self.grad_mode = fakeable, pure, grad_mode
+        self.operations, self.device, self.fused_kernels = operations, device, fused_kernels
+        self.fakeable, self.pure, self.reads, self.grad_mode = fakeable, pure, reads, grad_mode
+        self.captures = captures
         self.in_avals, self.out_avals, self.state = tuple(in_avals), tuple(out_avals), state
+        self.in_axes, self.out_axes = ({},) * len(in_avals), ({},) * len(out_avals)
         self.buffers, self.foreign = buffers, foreign
-        self._trainable, self._differentiates = trainable, differentiates
+        self._trainable, self._differentiates, self._is_loose = trainable, differentiates, is_loose
         self.checkpoints, self.reenters, self.has_sparse_gradients = checkpoints, checkpoints == "kept", False
-        self._is_loose = is_loose
         self.forward_mode, self.vmap_method, self.residuals = forward_mode, vmap_method, residuals
         self.wants_replay = replay
         self.warned = False  # about falling back to a loop
 
+    def compute(self, plan: Plan, *tensors: torch.Tensor) -> Tensors:
+        return self.run(*tensors)
+
+    def fewer_examples(self) -> "TorchCall":
+        return self
+
     def run(self, *tensors: torch.Tensor) -> Tensors:
+        """What the callable returns, in torch's modes of this moment."""
         if in_forward_mode():
             with stopped_by_no_grad():
                 return self.function(*self._with_leaves(tensors))
@@ -229,17 +326,13 @@ class Base(TorchCall):
         return tuple(leaves.get(i, x) for i, x in enumerate(tensors))
 
     @property
-    def composable(self) -> bool:
-        return self.fakeable and not self.is_loose
-
-    @property
     def is_loose(self) -> bool:
         """Whether torch's autograd has to differentiate each call by itself, without `torch.func`."""
         return self._is_loose or self.reenters or self.has_sparse_gradients
 
     @property
     def recordable(self) -> bool:
-        return self.wants_replay and self.pure and COMPILED not in self.fused_kernels
+        return self.wants_replay and self.pure and self.fused_kernels.isdisjoint(UNRECORDED)
 
     @property
     def signature(self) -> str:
@@ -254,7 +347,7 @@ class Base(TorchCall):
 def execute(call: TorchCall, *tensors: torch.Tensor, repeats: bool) -> Tensors:
     """Run a call outermost, on the thread of the compiled program; `repeats`: of one that runs many times."""
     run, kernels = call.repeat if repeats else call.execute, call.base.fused_kernels
-    lends = scope.opened() if call.differentiated and call.base.reenters else _NO_SCOPE
+    lends = scope.opened() if call.base.reenters and call is not call.base else _NO_SCOPE
     with ambient.neutral(), torch.no_grad(), lends:
         if not kernels:
             return run(*tensors)
@@ -268,3 +361,12 @@ _NO_SCOPE = contextlib.nullcontext()
 def take(items: Sequence[Any], indices: Sequence[int]) -> tuple[Any, ...]:
     """The items at `indices`."""
     return tuple(items[i] for i in indices)
+
+
+def _ends(tensor: torch.Tensor, axes: dict[int, int]) -> torch.Tensor:
+    """The first and the last slice along each axis."""
+    for axis in axes.values():
+        if tensor.shape[axis] > 2:
+            ends = torch.tensor([0, tensor.shape[axis] - 1], device=tensor.device)
+            tensor = tensor.index_select(axis, ends)
+    return tensor

@@ -3,19 +3,24 @@
 Cotangents follow JAX's convention: for complex values they are the conjugate of torch's gradients.
 """
 
+import contextlib
 import warnings
 from collections.abc import Callable
-from functools import cached_property
+from typing import Any
 
 import torch
 
 from . import residuals, reverse
-from .call import Aval, Linearized, Tensors, TorchCall, take
+from .call import Linearized, Tensors, TorchCall, take
+from .differences import central_difference
+from .errors import TorchCallError
 from .graph import Graph
 from .handles import HANDLE
 from .hidden_writes import hidden_writes
+from .modes import Mode
 from .once import Once
-from .trial import trial_run
+from .plan import Plan
+from .tangents import one_at_a_time
 
 
 def linearize(call: TorchCall, active: tuple[int, ...]) -> Linearized:
@@ -43,29 +48,64 @@ class _Derivative(TorchCall):
     def __init__(self, inner: TorchCall, active: tuple[int, ...], outs: tuple[int, ...], live: bool):
         super().__init__()
         self.inner, self.active, self.outs, self.live = inner, active, outs, live
-        self.base, self.differentiated = inner.base, True
+        self.base, self.depth, self.differentiated = inner.base, inner.depth + 1, True
         self.operations = 3 * inner.operations
         self.n_inner = len(inner.in_avals)
         self.n_primals = self.n_inner + live
+        self.handle_operand = self.n_inner if live else None
         linear_avals, self.out_avals = self._direction(take(inner.in_avals, active), take(inner.out_avals, outs))
+        linear_axes, self.out_axes = self._direction(take(inner.in_axes, active), take(inner.out_axes, outs))
         self.in_avals = (*inner.in_avals, *([HANDLE] * live), *linear_avals)
+        self.in_axes = (*inner.in_axes, *([{}] * live), *linear_axes)
         self.linear_operands = frozenset(range(self.n_primals, len(self.in_avals)))
-
-    @property
-    def plain_kernels(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.inner.plain_kernels or self.inner.differentiated or isinstance(self, Jvp)
+        self.directions = inner.directions | self.linear_operands
+        if live:
+            self.choice = self.recomputing()[0].choice
 
     @staticmethod
-    def _direction(active: tuple[Aval, ...], outs: tuple[Aval, ...]) -> tuple[tuple[Aval, ...], tuple[Aval, ...]]:
-        """Avals of the linear operands and of the outputs."""
+    def _direction(active: tuple[Any, ...], outs: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Of what the active operands and the outputs of `inner` have: what linear operands and outputs have."""
         raise AssertionError("abstract")
 
     def _restrict(self, operands: tuple[int, ...], outs: tuple[int, ...]) -> TorchCall:
         """The same map from fewer linear operands to fewer outputs (numbered within each)."""
         raise AssertionError("abstract")
 
-    def prepare(self) -> None:
-        self.inner.prepare()
+    def compute(self, plan: Plan, *tensors: torch.Tensor) -> Tensors:
+        primals, linear = self._split(tensors)
+
+        def function(*active: torch.Tensor) -> Tensors:
+            operands = list(primals)
+            for i, x in zip(self.active, active, strict=True):
+                operands[i] = x
+            return take(self.inner.compute(plan, *operands), self.outs)
+
+        return self._differentiate(plan, function, take(primals, self.active), linear)
+
+    def _differentiate(self, plan: Plan, function: Callable[..., Tensors], xs: Tensors, linear: Tensors) -> Tensors:
+        """The derivative of `function` at `xs`, applied to `linear`."""
+        raise AssertionError("abstract")
+
+    def fewer_examples(self) -> TorchCall:
+        return self.inner.fewer_examples().derive(type(self), self.active, self.outs, False)
+
+    def sampled(self, tensors: Tensors) -> tuple[TorchCall, Tensors]:
+        if not self.live:
+            return super().sampled(tensors)
+        plain, operands = self.recomputing()
+        return plain.sampled(take(tensors, operands))
+
+    def explore(self) -> None:
+        self._writes  # noqa: B018 (a trial run)
+
+    @property
+    def recordable(self) -> bool:
+        return self.inner.recordable and not self._writes
+
+    @property
+    def _writes(self) -> bool:
+        """Whether a backward pass may write into operands."""
+        return self.base.derive(hidden_writes)
 
     def linearize(self, active: tuple[int, ...]) -> Linearized | None:
         if not self.linear_operands.issuperset(active):
@@ -87,32 +127,29 @@ class _Derivative(TorchCall):
         return self.inner.derive(type(self), self.active, self.outs, False), operands
 
     def _split(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
+        if self._writes:
+            tensors = tuple(x.clone() for x in tensors)
         return tensors[: self.n_inner], tensors[self.n_primals :]
 
     def _handle(self, tensors: Tensors) -> torch.Tensor | None:
         return tensors[self.n_inner] if self.live else None
 
-    def _function(self, primals: Tensors) -> tuple[Callable[..., Tensors], Tensors]:
-        """The chosen outputs as a function of the active operands alone, and those operands."""
-
-        def function(*active: torch.Tensor) -> Tensors:
-            operands = list(primals)
-            for i, x in zip(self.active, active, strict=True):
-                operands[i] = x
-            return take(self.inner.run(*operands), self.outs)
-
-        return function, take(primals, self.active)
-
 
 class Jvp(_Derivative):
     """`(x, t) -> J(x) t`: tangents of the outputs `outs` from tangents of the operands `active`."""
+
+    transform = "jvp"
+
+    def __init__(self, inner: TorchCall, active: tuple[int, ...], outs: tuple[int, ...], live: bool):
+        _load_forward_mode()
+        super().__init__(inner, active, outs, live)
 
     @property
     def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return f"jvp({self.inner.name})"
 
     @staticmethod
-    def _direction(active: tuple[Aval, ...], outs: tuple[Aval, ...]) -> tuple[tuple[Aval, ...], tuple[Aval, ...]]:
+    def _direction(active: tuple[Any, ...], outs: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         return active, outs
 
     def _restrict(self, operands: tuple[int, ...], outs: tuple[int, ...]) -> TorchCall:
@@ -122,49 +159,34 @@ class Jvp(_Derivative):
         active = take(self.active, [i - self.n_primals for i in linear])
         return self.inner.derive(Vjp, active, take(self.outs, outs), self.live), tuple(range(self.n_primals))
 
-    def run(self, *tensors: torch.Tensor) -> Tensors:
-        primals, tangents = self._split(tensors)
-        function, xs = self._function(primals)
-        return self._strategy(function, xs, tangents)
+    def _differentiate(self, plan: Plan, function: Callable[..., Tensors], xs: Tensors, linear: Tensors) -> Tensors:
+        if self.depth == plan.differences:
+            return central_difference(function, xs, linear)
+        if self.depth <= plan.core and plan.forward:
+            with Mode() if plan.real_zeros else _NO_CHANGE:
+                return _forward_mode(function, xs, linear)
+        self.base.derive(hidden_writes)  # raises where torch's backward pass is not to be used
+        if self.depth <= plan.core:
+            return _reverse_twice(function, xs, linear)
+        return reverse.pushforward(function, xs, linear, rows=plan.rows, audited=plan.audited)
+
+    @property
+    def _writes(self) -> bool:
+        try:
+            return super()._writes
+        except TorchCallError:
+            return True
 
     def execute(self, *tensors: torch.Tensor) -> Tensors:
         residuals.discard(self._handle(tensors))  # forward mode has no use for a graph
-        return self.run(*tensors)
+        return super().execute(*tensors)
 
     def replay(self, operands: Tensors, results: Tensors) -> bool:
         residuals.discard(self._handle(operands))
         return super().replay(operands, results)
 
-    def prepare(self) -> None:
-        self.base.derive(hidden_writes)  # before anything is decided: it says how the call may run
-        super().prepare()
-        self.composable  # noqa: B018 (decides the strategy)
 
-    @property
-    def composable(self) -> bool:
-        return self._strategy is not reverse.pushforward
-
-    @property
-    def recordable(self) -> bool:
-        return self.inner.recordable and self.composable
-
-    @cached_property
-    def _strategy(self) -> Callable[..., Tensors]:
-        """Forward mode where torch has every formula; else reverse mode twice; else plain autograd."""
-        _load_forward_mode()
-        if self.inner.composable and trial_run(self._trial(_forward_mode), self.in_avals) is None:
-            return _forward_mode
-        pullback = self.inner.derive(Vjp, self.active, self.outs, False)
-        if pullback.composable and trial_run(self._trial(_reverse_twice), self.in_avals) is None:
-            return _reverse_twice
-        return reverse.pushforward
-
-    def _trial(self, strategy: Callable[..., Tensors]) -> Callable[..., Tensors]:
-        def run(*tensors: torch.Tensor) -> Tensors:
-            primals, tangents = self._split(tensors)
-            return strategy(*self._function(primals), tangents)
-
-        return run
+_NO_CHANGE = contextlib.nullcontext()
 
 
 @Once
@@ -175,26 +197,41 @@ def _load_forward_mode() -> None:
         torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.zeros(()),))
 
 
+# torch.func.vjp gives a pullback that can be differentiated where gradients are enabled when it is called, as they are
+# not in a running program: many backward formulas have a branch of their own for that, some of which are wrong under
+# other transforms.
+
+
 def _forward_mode(function: Callable[..., Tensors], xs: Tensors, tangents: Tensors) -> Tensors:
-    return torch.func.jvp(function, xs, tangents)[1]
+    with one_at_a_time(), torch.enable_grad():
+        return torch.func.jvp(function, xs, tangents)[1]
 
 
 def _reverse_twice(function: Callable[..., Tensors], xs: Tensors, tangents: Tensors) -> Tensors:
-    outs, pullback, *_ = torch.func.vjp(function, *xs)
-    # ct -> J^H ct is linear, so its own pullback, at any ct, is t -> J t.
-    _, pushforward, *_ = torch.func.vjp(pullback, tuple(torch.zeros_like(y) for y in outs))
-    return pushforward(tangents)[0]
+    with torch.enable_grad():
+        outs, pullback, *_ = torch.func.vjp(function, *xs)
+        # ct -> J^H ct is linear, so its own pullback, at any ct, is t -> J t. Some formulas take logarithms of ct.
+        _, pushforward, *_ = torch.func.vjp(pullback, tuple(torch.full_like(y, 2**-7) for y in outs))
+        return pushforward(tangents)[0]
+
+
+def _reverse_mode(function: Callable[..., Tensors], xs: Tensors, cotangents: Tensors) -> Tensors:
+    with torch.enable_grad():
+        _, pullback, *_ = torch.func.vjp(function, *xs)
+        return pullback(cotangents)
 
 
 class Vjp(_Derivative):
     """`(x, ct) -> J(x)^T ct`: cotangents of the operands `active` from cotangents of the outputs `outs`."""
+
+    transform = "vjp"
 
     @property
     def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
         return f"vjp({self.inner.name})"
 
     @staticmethod
-    def _direction(active: tuple[Aval, ...], outs: tuple[Aval, ...]) -> tuple[tuple[Aval, ...], tuple[Aval, ...]]:
+    def _direction(active: tuple[Any, ...], outs: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         return outs, active
 
     def _restrict(self, operands: tuple[int, ...], outs: tuple[int, ...]) -> TorchCall:
@@ -204,15 +241,18 @@ class Vjp(_Derivative):
         chosen = take(self.outs, [i - self.n_primals for i in linear])
         return self.inner.derive(Jvp, take(self.active, outs), chosen, self.live), tuple(range(self.n_primals))
 
-    def run(self, *tensors: torch.Tensor) -> Tensors:
-        return self._functional(*tensors) if self.composable else self._autograd(*tensors)
+    def _differentiate(self, plan: Plan, function: Callable[..., Tensors], xs: Tensors, linear: Tensors) -> Tensors:
+        linear = reverse.conj(linear)
+        if self.depth <= plan.core:
+            return reverse.conj(_reverse_mode(function, xs, linear))
+        # Outside of torch.func's transforms torch.autograd is cheaper than torch.func and supports more.
+        return reverse.conj(reverse.pullback(function, xs, linear, audited=plan.audited))
 
     def execute(self, *tensors: torch.Tensor) -> Tensors:
-        # Outermost, torch.autograd is cheaper than torch.func and supports more.
-        return self._by_graph(tensors) or self._autograd(*tensors)
+        return self._by_graph(tensors) or super().execute(*tensors)
 
     def repeat(self, *tensors: torch.Tensor) -> Tensors:
-        return self._by_graph(tensors) or self.run_repeatedly(self._autograd, tensors)
+        return self._by_graph(tensors) or super().repeat(*tensors)
 
     def replay(self, operands: Tensors, results: Tensors) -> bool:
         handle = self._handle(operands)
@@ -230,40 +270,7 @@ class Vjp(_Derivative):
             return None
         return self.pullback(graph, tensors)
 
-    def prepare(self) -> None:
-        self.base.derive(hidden_writes)
-        super().prepare()
-
-    @property
-    def recordable(self) -> bool:
-        return self.inner.recordable and not self.base.derive(hidden_writes)
-
-    def _split(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
-        if self.base.derive(hidden_writes):
-            tensors = tuple(x.clone() for x in tensors)
-        return super()._split(tensors)
-
     def pullback(self, graph: Graph, tensors: Tensors) -> Tensors:
         """The cotangents by a live graph."""
         primals, cotangents = self._split(tensors)
         return reverse.conj(graph.pullback(primals, self.active, self.outs, reverse.conj(cotangents)))
-
-    @cached_property
-    def composable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self.inner.composable and trial_run(self._trial, self.in_avals) is None
-
-    def _trial(self, *tensors: torch.Tensor) -> None:
-        self._functional(*tensors)
-        with torch.enable_grad():  # where torch.func would give zeros for a second derivative, torch.autograd raises
-            self._autograd(*tensors)
-
-    def _functional(self, *tensors: torch.Tensor) -> Tensors:
-        primals, cotangents = self._split(tensors)
-        function, xs = self._function(primals)
-        _, pullback, *_ = torch.func.vjp(function, *xs)
-        return reverse.conj(tuple(map(reverse.dense, pullback(reverse.conj(cotangents)))))
-
-    def _autograd(self, *tensors: torch.Tensor) -> Tensors:
-        primals, cotangents = self._split(tensors)
-        function, xs = self._function(primals)
-        return reverse.conj(reverse.pullback(function, xs, reverse.conj(cotangents)))

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping
 
+from .cuda_libraries import CudaLibraries
 from .environment import Backend, Cache, GpuMemory, Gpus, Settings, Threads
 from .findings import Check, Finding, Report, quoted
 from .probes import Call, Transport, Views
@@ -15,6 +16,7 @@ _CHECKS: dict[str, type[Check]] = {
     "torch calls": Transport,
     "shared memory": Views,
     "numbers": Call,
+    "cuda libraries": CudaLibraries,  # after the calls: both have loaded theirs by then
     "gpu memory": GpuMemory,  # after the calls: JAX has taken its part by then
     "threads": Threads,
     "settings": Settings,

@@ -1,12 +1,13 @@
 """`torch_function`: a torch callable as a JAX function over pytrees."""
 
+import contextlib
 import functools
 import inspect
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import torch
@@ -17,14 +18,17 @@ from .ambient import autocast_here
 from .arguments import Arguments, Filler
 from .arrays import array_to_torch
 from .call import Aval, Residuals, VmapMethod
+from .device import device_here
 from .errors import TorchCallError
-from .host_random import numpy_generator_watched
+from .examples import Example, made_examples
+from .host_random import host_generators_kept, host_generators_seeded
 from .kernels import COMPILED, NONE, compiled_code, plain_kernels
 from .primitive import bind
-from .random import PASS_A_KEY, LateKey, WithKey, WithoutKey, key_operand
+from .random import PASS_A_KEY, LateKey, WithKey, key_operand
 from .signature import Signature
 from .specialize import Specialized
-from .trace import Flat, Trace, Traceable, trace
+from .trace import Trace, trace
+from .traceable import Flat, Traceable
 
 _VMAP_METHODS = ("auto", "vmap", "batched", "loop")
 
@@ -180,10 +184,11 @@ class TorchFunction:
         like = key.like if isinstance(key, LateKey) else key
         key_type = None if key is None else (getattr(like, "dtype", None), getattr(like, "shape", None))
         x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-        signature = (arguments.key, x64, autocast_here(), key_type, stateful)
+        device = device_here(arguments.operands)
+        signature = (arguments.key, x64, device.type, autocast_here(), key_type, stateful)
         specialized = self._specialized.get(signature)
         if specialized is None:
-            specialized = self._specialized[signature] = self._specialize(arguments, like, stateful)
+            specialized = self._specialized[signature] = self._specialize(arguments, like, stateful, device)
         operands = arguments.operands
         if specialized.random:
             made = key.make() if isinstance(key, LateKey) else key
@@ -223,10 +228,15 @@ class TorchFunction:
         """The same as compiled programs run it; of state operands it returns those in `found.state`."""
         return self.observer(fill)
 
-    def check(self, found: Trace, *, stateful: bool) -> None:
-        """Refuse what the trace found and the call cannot do."""
+    def check(self, found: Trace, *, stateful: bool) -> Trace:
+        """Refuse what the trace found and the call cannot do; what is left of it."""
+        return found
 
-    def _specialize(self, arguments: Arguments, key: Any, stateful: bool) -> Specialized:
+    def refuse_write(self, operands: Collection[int], *, stateful: bool) -> NoReturn:
+        """Raise the error for a run that changes state operands which the trace did not find to be changed."""
+        raise AssertionError("no operand is state")
+
+    def _specialize(self, arguments: Arguments, key: Any, stateful: bool, device: torch.device) -> Specialized:
         """Trace the callable for one signature."""
         arguments.check_signature()
         wanted, fill = self.operand_dtypes(arguments.avals), arguments.filler()
@@ -240,23 +250,24 @@ class TorchFunction:
             self.name,
             names,
             [(a.shape, d) for a, d in zip(avals, wanted, strict=True)],
+            device,
             self.state_operands,
+            explores=stateful and bool(self.state_operands),
             has_key=key is not None,
             key_remedy=self.key_remedy,
             trainable=self.trainable_operands,
             foreign=self.foreign(),
         )
-        with numpy_generator_watched(self.name):
-            found = trace(traced, out_shape=self._out_shape, example=lambda: self._example(arguments, wanted))
-        self.check(found, stateful=stateful)
+        found = trace(
+            traced, out_shape=self._out_shape, examples=lambda: self._examples(arguments, traced.specs, wanted)
+        )
+        found = self.check(found, stateful=stateful)
         found = replace(found, fused_kernels=found.fused_kernels | compiled_code(self._fn))
         run = self.runner(fill, found, stateful=stateful)
-        if found.random:
-            run = _with_key(run, kernels=found.fused_kernels & {COMPILED})  # ops in compiled code cannot be seen
+        if found.random:  # ops in compiled code cannot be seen
+            run = _with_key(run, kernels=found.fused_kernels & {COMPILED}, host=bool(found.host_random))
         elif key is not None:
             avals, names, wanted = avals[:-1], names[:-1], wanted[:-1]
-        if not (found.random or found.fakeable):
-            run = _without_key(run, self.name, self.key_remedy)
         return Specialized(
             run,
             names,
@@ -264,48 +275,70 @@ class TorchFunction:
             wanted,
             found,
             name=self.name,
+            device=device,
             buffers=self.state_operands,
+            refuse_write=functools.partial(self.refuse_write, stateful=stateful),
+            key_remedy=None if found.random else self.key_remedy,
             trainable=self.trainable_operands,
             is_loose=self.is_loose,
             foreign=traced.foreign,
             **self._options,
         )
 
-    def _example(self, arguments: Arguments, wanted: Sequence[torch.dtype]) -> list[torch.Tensor] | None:
-        """Values to run the callable on once: `example_args` of the same shapes, or the arguments if not traced."""
-        operands = arguments.operands
-        if any(isinstance(x, Tracer) for x in operands):
-            if self._example_args is None:
-                return None
-            with jax.ensure_compile_time_eval():
-                example = Arguments(tuple(self._example_args), {}, self._signature)
-            if example.avals != arguments.avals:
-                raise TorchCallError(
-                    f"{self.name} is called with {_shapes(arguments)}, but example_args are {_shapes(example)}. "
-                    "Give example_args of the shapes and dtypes it is called with, or `out_shape`."
-                )
-            operands = example.operands
+    def _examples(self, arguments: Arguments, specs: Any, wanted: Sequence[torch.dtype]) -> Iterator[Example]:
+        """Values to run the callable on: the arguments if they are not traced, `example_args`, or made ones."""
+        operands, is_given = arguments.operands, not any(map(_is_traced, arguments.operands))
+        if self._example_args is not None and not is_given:
+            operands, is_given = self._example_operands(arguments), True
+        known = [None if _is_traced(x) else _values(x, d) for x, d in zip(operands, wanted, strict=False)]
+        known += [functools.partial(torch.zeros, *spec[:1], dtype=spec[1]) for spec in specs[len(known) :]]  # any key
+        if is_given:
+            yield Example(lambda: [make() for make in known if make is not None], is_given=True)
+            known = [*known[: arguments.n_leading], *(None for _ in known[arguments.n_leading :])]
+        yield from made_examples(specs, known, arguments.n_leading)
+
+    def _example_operands(self, arguments: Arguments) -> list[Any]:
         with jax.ensure_compile_time_eval():
-            tensors = [array_to_torch(x, copy=True).to(d) for x, d in zip(operands, wanted, strict=False)]
-        return [*tensors, *(torch.zeros(2, dtype=torch.uint32) for _ in wanted[len(tensors) :])]  # any key will do
+            example = Arguments(tuple(self._example_args or ()), {}, self._signature)
+        if example.avals != arguments.avals:
+            raise TorchCallError(
+                f"{self.name} is called with {_shapes(arguments)}, but example_args are {_shapes(example)}. "
+                "Give example_args of the shapes and dtypes it is called with, or `out_shape`."
+            )
+        return example.operands
 
 
-def _with_key(run: Flat, *, kernels: frozenset[str]) -> Flat:
-    """`run` without `kernels`, and with one more operand: the key that random ops draw from."""
+def _is_traced(operand: Any) -> bool:
+    return isinstance(operand, Tracer)
+
+
+def _values(operand: Any, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    """What makes a tensor of an operand's values."""
+
+    def make() -> torch.Tensor:
+        with jax.ensure_compile_time_eval():
+            return array_to_torch(operand, copy=True).to(dtype)
+
+    return make
+
+
+def _with_key(run: Flat, *, kernels: frozenset[str], host: bool = False) -> Flat:
+    """`run` without `kernels`, and with one more operand: the key that random ops draw from, and Python's and NumPy's
+    generators where it draws from the `host`."""
 
     def keyed(*tensors: torch.Tensor) -> Any:
-        with plain_kernels(kernels), WithKey(tensors[-1]):
+        with plain_kernels(kernels), WithKey(tensors[-1]) as mode, _seeded(mode.words) if host else _NO_CHANGE:
             return run(*tensors[:-1])
 
     return keyed
 
 
-def _without_key(run: Flat, name: str, remedy: str) -> Flat:
-    def keyless(*tensors: torch.Tensor) -> Any:
-        with WithoutKey(name, remedy):
-            return run(*tensors)
+def _seeded(words: Sequence[Sequence[int]] | None) -> contextlib.AbstractContextManager[None]:
+    """Python's and NumPy's generators seeded by the words of keys; a trace, which has none, leaves them alone."""
+    return host_generators_kept() if words is None else host_generators_seeded([word for row in words for word in row])
 
-    return keyless
+
+_NO_CHANGE = contextlib.nullcontext()
 
 
 def _shapes(arguments: Arguments) -> str:

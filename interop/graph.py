@@ -10,16 +10,16 @@ Source: [saved tensor hooks](https://docs.pytorch.org/docs/stable/autograd.html#
 
 import contextlib
 import functools
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge, saved_tensors_hooks
 
-from .aten import storage_of
 from .call import Tensors, TorchCall
 from .kernels import compiling
+from .memory import storage_of
+from .plan import Plan
 from .repeated import Repeated
 from .reverse import dense
 from .scope import Scope
@@ -54,11 +54,11 @@ class Graph:
         self._inputs: list[GradientEdge] = []
         self._outputs: list[GradientEdge | None] = []
 
-    def forward(self, tensors: Tensors, operands: Callable[[Tensors], Tensors]) -> Tensors:
+    def forward(self, plan: Plan, tensors: Tensors, operands: Callable[[Tensors], Tensors]) -> Tensors:
         """Run the call on the operands that are made of `tensors`, and keep its graph; nothing of them is kept."""
-        return self._recorded(tensors, lambda: self._forward(operands(tensors)))
+        return self._recorded(tensors, lambda: self._forward(plan, operands(tensors)))
 
-    def _forward(self, operands: Tensors) -> Tensors:
+    def _forward(self, plan: Plan, operands: Tensors) -> Tensors:
         self._saved.operand_of = {storage_of(x): i for i, x in enumerate(operands)}
         self._saved.operands = operands  # the call may itself go backward
         compiled = compiling(self._call.base.fused_kernels, self._saved.pack)
@@ -69,7 +69,7 @@ class Graph:
                 given[i] = x
             try:
                 with self._scope.active() if self._scope else _NO_SCOPE:
-                    outs = self._call.run(*given)
+                    outs = self._call.compute(plan, *given)
             finally:
                 self._saved.operands = ()
         self._inputs = [_edge(x) for x in entered]
@@ -84,6 +84,22 @@ class Graph:
         if self._recorder is None or self._repeated is None:
             return work()
         return self._repeated.record(self._recorder, inputs, work)
+
+    def holds(self, operands: Sequence[torch.Tensor]) -> bool:
+        """Whether the call made leaves of operands, to differentiate by them itself: the graph has their memory."""
+        storages = {storage_of(x) for x in operands}
+        seen: set[Any] = set()
+        nodes = [edge.node for edge in self._outputs if edge is not None]
+        while nodes:
+            node = nodes.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and storage_of(leaf) in storages:
+                return True
+            nodes += [following for following, _ in node.next_functions if following is not None]
+        return False
 
     def gives(self, active: tuple[int, ...], batch: Batch | None) -> bool:
         """Whether the graph gives the gradients of these operands, for each example of the batch."""
@@ -155,11 +171,6 @@ class _Saved:
         operand, dtype, size, stride, offset = packed
         tensor = self.operands[operand]
         return (tensor if tensor.dtype == dtype else tensor.view(dtype)).as_strided(size, stride, offset)
-
-
-def holders(tensors: Sequence[torch.Tensor]) -> list[int]:
-    """How many hold each tensor or its storage."""
-    return [sys.getrefcount(x) + torch._C._storage_Use_Count(x.untyped_storage()._cdata) for x in tensors]
 
 
 def _enter(operand: torch.Tensor) -> torch.Tensor:

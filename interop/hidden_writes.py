@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import reverse, scope
-from .aten import bound, storage_of, tensors_in, written
+from .aten import bound, tensors_in, written
 from .call import Base, Tensors, take
 from .dtypes import is_inexact
 from .errors import ForeignTensorError, RandomnessError, TorchCallError
+from .memory import has_storage, storage_of
+from .modes import Mode
 from .random import draws
 from .trial import trial_run
 
@@ -33,7 +34,7 @@ def hidden_writes(call: Base) -> bool:
             "gradients of weights unless torch's `.backward()` runs it. Pass `use_reentrant=False` (in transformers, "
             '`gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})`).'
         )
-    if not call.fakeable:
+    if not call.fakeable and call.reads is None:
         call.reenters |= bool(call.foreign)
         return True
     watch, failure = _fake_backward_pass(call)
@@ -75,13 +76,13 @@ def _fake_backward_pass(call: Base) -> "tuple[_Watch, Exception | None]":
         with watch.over(tensors), scope.opened() if call.reenters else contextlib.nullcontext():
             reverse.pullback(function, take(tensors, active), tensors[n:])
 
-    return watch, trial_run(differentiate, (*call.in_avals, *cotangents))
+    return watch, trial_run(differentiate, (*call.in_avals, *cotangents), call.device, call.reads or ())
 
 
 _LEAF_WRITTEN = "leaf Variable that requires grad is being used in an in-place"
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(Mode):
     """Notes writes into tensors or views of them, random ops, and foreign tensors (`trace.py`)."""
 
     def __init__(self, foreign: Mapping[int, str]):
@@ -96,14 +97,13 @@ class _Watch(TorchDispatchMode):
         self._storages = {storage_of(x) for x in tensors}
         return self
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def op(self, func: Any, args: Any, kwargs: Any) -> Any:
         arguments = bound(func, args, kwargs)
-        self.writes |= any(storage_of(x) in self._storages for x in written(func, arguments))
+        self.writes |= any(storage_of(x) in self._storages for x in filter(has_storage, written(func, arguments)))
         if draws(func, arguments):
             self.random = func
-        for x in tensors_in(arguments) if self._foreign_storages else ():
-            if not isinstance(x, FakeTensor) and storage_of(x) in self._foreign_storages:
+        for x in tensors_in(*arguments.values()) if self._foreign_storages else ():
+            if not isinstance(x, FakeTensor) and has_storage(x) and storage_of(x) in self._foreign_storages:
                 self.foreign = x, self._foreign_storages[storage_of(x)]
         self.makes_sparse |= "_sparse_coo_tensor" in func.name()
         return func(*args, **kwargs)

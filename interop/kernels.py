@@ -1,8 +1,8 @@
 """Which kernels torch runs: those it can differentiate, in the place of those it cannot.
 
 Fused attention has neither a forward-mode formula nor a second derivative (pytorch issues 98164, 117629,
-154226), oneDNN's recurrent layers have no batching rule for their backward, compiled code has first-order reverse
-mode only. torch's plain kernels have all.
+154226), recurrent layers of oneDNN and cuDNN have no batching rule for their backward, compiled code has first-order
+reverse mode only. torch's plain kernels have all.
 The fast path of `nn.TransformerEncoder` and `nn.MultiheadAttention` runs only where no gradient is asked for. With a
 mask it gives other values at padded positions than the path gradients take, so there it stays off: a function and its
 gradient must be of one function.
@@ -18,23 +18,63 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from . import formulas
+from .errors import TorchCallError
+from .tangents import one_at_a_time, uses_forward_mode
+
 NONE: frozenset[str] = frozenset()
 MASKED = "masked attention"
 COMPILED = "compiled"
-ALL = frozenset({"attention", "recurrent", MASKED, COMPILED})
+SCRIPTED = "scripted"
+FORWARD_MODE = "forward mode"
+HIGHER_ORDER = "higher-order ops"
+UNRECORDED = frozenset({COMPILED, HIGHER_ORDER})
+"""Those that are more than the ops that a mode sees."""
+FUSED = frozenset({"attention", "recurrent", MASKED, COMPILED})
+ALL = FUSED | formulas.WRONG
 
-_MARKS = {
+_MARKS = formulas.MARKS | {
     "attention": ("attention", "transformer_encoder", "attn"),
     "recurrent": ("rnn", "lstm", "gru"),
 }
 
 
 def fused_kernels(op_name: str, arguments: Mapping[str, Any]) -> frozenset[str]:
-    """Which of the replaceable kernels an aten op stands for."""
+    """Which of the replaceable kernels an aten op stands for, which is running; and what runs it: TorchScript, forward mode."""
     found = frozenset(kernel for kernel, marks in _MARKS.items() if any(mark in op_name for mark in marks))
+    if _in_script():
+        found |= {SCRIPTED, *(_scripted(kernel) for kernel in found)}
+    if uses_forward_mode():
+        found |= {FORWARD_MODE}
     if "attention" in found and (arguments.get("attn_mask") is not None or arguments.get("is_causal")):
         return found | {MASKED}
     return found
+
+
+def lacking_derivatives(order: int, *, forward: bool) -> frozenset[str]:
+    """The kernels that have to be replaced for derivatives of an order, or in forward mode."""
+    if order < 2 and not forward:
+        return NONE
+    return ALL if order > 2 else FUSED | formulas.WRONG_TWICE
+
+
+def refuse_scripted(name: str, kernels: frozenset[str], lacking: frozenset[str]) -> None:
+    """Raise where TorchScript runs ops by formulas that would have to be replaced, and cannot be within it."""
+    wrong = sorted(kernel for kernel in lacking & formulas.WRONG if _scripted(kernel) in kernels)
+    if wrong:
+        raise TorchCallError(
+            f"{name}: TorchScript runs a {wrong[0]}, of which torch has this derivative wrong (a higher one). Pass the "
+            "function or module that was scripted instead: outside TorchScript, torchleaf composes it of other ops."
+        )
+
+
+def _scripted(kernel: str) -> str:
+    return f"{SCRIPTED} {kernel}"
+
+
+def _in_script() -> bool:
+    trace = torch._C._profiler.gather_traceback(False, True, False)
+    return any(torch._C._profiler.symbolize_tracebacks([trace]))
 
 
 def compiled_code(function: Callable[..., Any]) -> frozenset[str]:
@@ -66,13 +106,13 @@ def _without_compiler() -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def _without_onednn() -> Iterator[None]:
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False
+def _without(library: Any) -> Iterator[None]:
+    """Without `torch.backends.mkldnn` (oneDNN) or `torch.backends.cudnn`."""
+    before, library.enabled = library.enabled, False
     try:
         yield
     finally:
-        torch.backends.mkldnn.enabled = before
+        library.enabled = before
 
 
 @contextlib.contextmanager
@@ -107,9 +147,14 @@ class _Shared:
                     self._exit.close()
 
 
-_SWITCHES = {"attention": _Shared(lambda: sdpa_kernel(SDPBackend.MATH)), "recurrent": _Shared(_without_onednn)}
-_SWITCHES[COMPILED] = _Shared(_without_compiler)
+_ONEDNN = _Shared(lambda: _without(torch.backends.mkldnn))
+_CUDNN = _Shared(lambda: _without(torch.backends.cudnn))
 _FAST_PATH = _Shared(_without_fast_path)
+_SWITCHES = {
+    "attention": (_Shared(lambda: sdpa_kernel(SDPBackend.MATH)),),
+    "recurrent": (_ONEDNN, _CUDNN),
+    COMPILED: (_Shared(_without_compiler),),
+}
 
 
 @contextlib.contextmanager
@@ -117,7 +162,10 @@ def plain_kernels(kernels: frozenset[str] = ALL) -> Iterator[None]:
     """Run torch's plain kernels instead of the fused ones named."""
     with contextlib.ExitStack() as stack:
         for kernel in sorted(kernels & _SWITCHES.keys()):
-            stack.enter_context(_SWITCHES[kernel].held())
+            for switch in _SWITCHES[kernel]:
+                stack.enter_context(switch.held())
+        if kernels & formulas.WRONG:
+            stack.enter_context(formulas.Composed(kernels & formulas.WRONG))
         yield
 
 
@@ -126,18 +174,33 @@ def differentiable_path() -> contextlib.AbstractContextManager[None]:
     return _FAST_PATH.held()
 
 
+def without_cudnn() -> contextlib.AbstractContextManager[None]:
+    """Around runs on fake tensors: cuDNN's recurrent layers look at the memory of their weights."""
+    return _CUDNN.held()
+
+
 @contextlib.contextmanager
 def _both(kernels: frozenset[str]) -> Iterator[None]:
     with differentiable_path(), plain_kernels(kernels):
         yield
 
 
+@contextlib.contextmanager
+def _in_turn(context: contextlib.AbstractContextManager[None]) -> Iterator[None]:
+    with one_at_a_time(), context:
+        yield
+
+
 _NO_CHANGE = contextlib.nullcontext()
 
 
-def chosen(kernels: frozenset[str], *, inference: bool, plain: bool) -> contextlib.AbstractContextManager[None]:
-    """Around a call that uses `kernels`: in inference or for derivatives, by plain kernels or as it is."""
+def chosen(
+    kernels: frozenset[str], *, inference: bool, plain: frozenset[str]
+) -> contextlib.AbstractContextManager[None]:
+    """Around a call that uses `kernels`: in inference or for derivatives, some of them `plain`."""
+    if FORWARD_MODE in kernels:  # the callable's own
+        return _in_turn(chosen(kernels - {FORWARD_MODE}, inference=inference, plain=plain))
     differentiable = "attention" in kernels and (MASKED in kernels or not inference)
     if plain:
-        return _both(kernels) if differentiable else plain_kernels(kernels)
+        return _both(plain) if differentiable else plain_kernels(plain)
     return differentiable_path() if differentiable else _NO_CHANGE

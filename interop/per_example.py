@@ -11,6 +11,7 @@ from .derivative import Vjp
 from .graph import Graph
 from .handles import HANDLE
 from .repeated import SMALL
+from .save import Save
 
 
 class PerExampleVjp(TorchCall):
@@ -21,7 +22,7 @@ class PerExampleVjp(TorchCall):
 
     def __init__(self, vjp: Vjp, in_dims: tuple[int | None, ...], size: int):
         super().__init__()
-        self._vjp, self._in_dims, self._size = vjp, in_dims, size
+        self._vjp, self._in_dims, self._size, self.handle_operand = vjp, in_dims, size, vjp.handle_operand
         inner, self._kept = vjp.recomputing()
         self._plain = vmap(inner, take(in_dims, self._kept), size)
         self._batch = (in_dims[: vjp.n_inner], size)
@@ -33,15 +34,11 @@ class PerExampleVjp(TorchCall):
         self.in_avals = tuple(avals.get(i, HANDLE) for i in range(len(vjp.in_avals)))
 
     @property
-    def plain_kernels(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def plain_kernels(self) -> frozenset[str]:
         return self._plain.plain_kernels
 
     def prepare(self) -> None:
         self._plain.prepare()
-
-    @property
-    def composable(self) -> bool:
-        return False  # it is only ever executed
 
     @property
     def recordable(self) -> bool:
@@ -86,10 +83,10 @@ def over_batch(call: TorchCall, in_dims: tuple[int | None, ...], size: int) -> T
     Where a small call can be replayed it is none: to run the forward again, with the weights of all examples at once,
     costs less than to have them once for each example.
     """
-    if isinstance(call, residuals.Save) and call.batch is None and call.base.vmap_method != "batched":
-        live = call.inner.derive(residuals.Save, call.active, (in_dims, size))
-        return None if live.operations <= SMALL and live.repeated is not None else live
+    if isinstance(call, Save) and call.batch is None and call.base.vmap_method != "batched":
+        live = call.inner.derive(Save, call.active, (in_dims, size))
+        return None if live.operations <= SMALL and live.is_repeatable else live
     if isinstance(call, Vjp) and call.live and in_dims[call.n_inner] is None:
-        forward = over_batch(call.inner.derive(residuals.Save, call.active), in_dims[: call.n_inner], size)
+        forward = over_batch(call.inner.derive(Save, call.active), in_dims[: call.n_inner], size)
         return None if forward is None else call.derive(PerExampleVjp, in_dims, size)
     return None

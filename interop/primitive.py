@@ -19,7 +19,8 @@ from .call import Base, TorchCall, take
 from .derivative import Jvp, Vjp, linearize
 from .handles import HANDLE
 from .per_example import PerExampleVjp, over_batch
-from .residuals import Save, drop_with
+from .residuals import drop_with
+from .save import Save
 
 torch_call_p = Primitive("torch_call")
 torch_call_p.multiple_results = True
@@ -221,7 +222,14 @@ def _dce(used_outputs: list[bool], eqn: Any) -> tuple[list[bool], Any]:
     return [i in operands for i in range(len(eqn.invars))], smaller
 
 
-partial_eval.dce_rules[torch_call_p] = _dce
+def _as_jax_calls_it(dce: Callable[..., Any]) -> Callable[..., Any]:
+    """Since JAX 0.12 a DCE rule is also told which inputs are live, which matters to Refs alone."""
+    if jax.__version_info__ < (0, 12):
+        return dce
+    return lambda used_outputs, live_inputs, eqn: dce(used_outputs, eqn)
+
+
+partial_eval.dce_rules[torch_call_p] = _as_jax_calls_it(_dce)
 
 
 # --- rematerialisation ---------------------------------------------------------------------------
@@ -229,7 +237,11 @@ partial_eval.dce_rules[torch_call_p] = _dce
 
 def _remat(saveable: Any, unknown: Sequence[bool], recomputed: Sequence[bool], eqn: Any) -> tuple[Any, ...]:
     """`jax.checkpoint`: a forward call that is run again would keep its graph from then on, and XLA, which does not
-    know what a graph weighs, runs it early. So a backward call does without one unless the policy saves its handle."""
+    know what a graph weighs, runs it early. So a backward call does without one unless the policy saves its handle.
+
+    `jax_remat3` asks no such rule, and needs none: it runs a block again when the block's cotangents are there, not
+    before, and the graphs that the block keeps are those that its backward calls use, at once.
+    """
     n = len(eqn.outvars)
     residuals = [x for x, again in zip(eqn.invars, recomputed, strict=True) if isinstance(x, Var) and not again]
     if any(unknown):

@@ -8,6 +8,7 @@ import functools
 import gc
 import itertools
 import secrets
+import sys
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -19,8 +20,10 @@ import torch
 from . import ambient, threads
 from .call import Aval, Tensors, TorchCall, execute
 from .errors import TorchCallError, runtime_message
-from .graph import holders
+from .handle_flow import HandleFlow
+from .handles import is_signed, number_in, sign
 from .repeated import ops_alone
+from .residuals import discard, hand_over
 
 _numbers = itertools.count(secrets.randbits(62))
 _running: list[int] = []
@@ -28,14 +31,23 @@ _programs: "weakref.WeakKeyDictionary[TorchCall, dict[bool, Program]]" = weakref
 _by_number: "dict[int, Program]" = {}
 
 
-def program_of(call: TorchCall, *, repeats: bool) -> "Program":
-    """The program of a call, which is part of one that `repeats` it or stands alone."""
+def program_of(call: TorchCall, *, repeats: bool, flow: HandleFlow | None = None) -> "Program":
+    """The program of a call, which is part of one that `repeats` it or stands alone.
+
+    With the `flow` of handles in one's module, a call that makes or takes one has a program of its own there.
+    """
+    if flow is not None and (call.makes_handle or call.handle_operand is not None):
+        return _enlist(call, InFlow(call, flow))
     programs = _programs.setdefault(call, {})
     if repeats not in programs:
-        program = programs[repeats] = Program(call, repeats=repeats)
-        _by_number[program.number] = program
-        weakref.finalize(call, _by_number.pop, program.number).atexit = False
+        programs[repeats] = _enlist(call, Program(call, repeats=repeats))
     return programs[repeats]
+
+
+def _enlist(call: TorchCall, program: "Program") -> "Program":
+    _by_number[program.number] = program
+    weakref.finalize(call, _by_number.pop, program.number).atexit = False
+    return program
 
 
 def run_program(number: int, *buffers: torch.Tensor) -> None:
@@ -60,6 +72,13 @@ def run_program(number: int, *buffers: torch.Tensor) -> None:
         raise TorchCallError(failure)
 
 
+def uses_captured_tensors(number: int) -> bool:
+    """Whether the call of a program may compute with tensors that are not operands."""
+    program = _by_number.get(number)
+    call = None if program is None else program.call()
+    return call is not None and call.base.captures
+
+
 def wait_until_idle() -> None:
     """Return when no call has been running for a moment, which is longer than XLA takes between two."""
     idle_since = time.monotonic()
@@ -79,7 +98,9 @@ class Program:
         self.number, self.call, self._repeats = next(_numbers), weakref.ref(call), repeats
         self._in_parts = [is_complex(aval) for aval in call.in_avals]
         self._n_buffers = len(self._in_parts) + sum(self._in_parts)
-        self._outs = [(aval.shape, is_complex(aval)) for aval in call.out_avals]
+        self._makes_handle = call.makes_handle
+        out_avals = call.out_avals[:-1] if self._makes_handle else call.out_avals
+        self._outs = [(aval.shape, is_complex(aval)) for aval in out_avals]
 
     def attempt(self, call: TorchCall, buffers: Tensors) -> str | None:
         """Run the call; an error as text, which holds no frame that views XLA's buffers."""
@@ -95,20 +116,19 @@ class Program:
             return
         buffers = ambient.without_inference(buffers)
         operands = buffers[: self._n_buffers]
-        before = holders(operands)
+        before = _holders(operands)
         results = iter(buffers[self._n_buffers :])
         outs = execute(call, *(self._join(operands) if any(self._in_parts) else operands), repeats=self._repeats)
         self._write(call, outs, results)
         del outs
-        if holders(operands) != before:
+        if _holders(operands) != before:
             gc.collect()  # reference cycles are not escapes
-            after = holders(operands)
-            self._refuse_escapes(call, [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if b > a])
+            if _escaped(operands, before):
+                call.forget(buffers[self._n_buffers :])
+            self._refuse_escapes(call, _escaped(operands, before))
 
     def _replay(self, call: TorchCall, buffers: Tensors) -> bool:
         """Whether earlier runs of the call gave the results."""
-        if not buffers[0].is_cpu:
-            return False
         try:
             with ops_alone():
                 return call.replay(buffers[: self._n_buffers], buffers[self._n_buffers :])
@@ -116,7 +136,7 @@ class Program:
             return False  # the call as it is raises it from the user's own code
 
     def _write(self, call: TorchCall, outs: Tensors, results: Iterator[torch.Tensor]) -> None:
-        for i, (out, (shape, has_parts)) in enumerate(zip(outs, self._outs, strict=True)):
+        for i, (out, (shape, has_parts)) in enumerate(zip(outs, self._outs, strict=False)):
             if out.shape != shape:
                 raise TorchCallError(
                     f"{call.name}: output {i} has shape {tuple(out.shape)} at run time, but {shape} was traced or "
@@ -129,6 +149,8 @@ class Program:
                 next(results).copy_(out.imag if out.is_complex() else torch.zeros_like(out))
             else:
                 next(results).copy_(out)
+        if self._makes_handle:
+            hand_over(next(results), number_in(outs[-1]))
 
     def _refuse_escapes(self, call: TorchCall, escaped: Sequence[int]) -> None:
         """Leave no tensors behind that view XLA's buffers, whose memory is reused at once."""
@@ -143,6 +165,56 @@ class Program:
     def _join(self, buffers: Sequence[torch.Tensor]) -> Tensors:
         feed = iter(buffers)
         return tuple(torch.complex(next(feed), next(feed)) if parts else next(feed) for parts in self._in_parts)
+
+
+class InFlow(Program):
+    """The program of a call that makes or takes a handle on a GPU: it does without a graph unless the handle goes
+    straight from one to the other, as the first runs have to show."""
+
+    def __init__(self, call: TorchCall, flow: HandleFlow):
+        super().__init__(call, repeats=True)
+        plain, kept = _graphless(call)
+        plain.prepare()
+        self._plain = Program(plain, repeats=True)
+        first = [0, *itertools.accumulate(1 + parts for parts in self._in_parts)]
+        self._kept = [n for i in kept for n in range(first[i], first[i + 1])]
+        self._flow = flow
+        self._taken = None if call.handle_operand is None else first[call.handle_operand]
+        if self._taken is None:
+            flow.add_maker(self.number)
+        else:
+            flow.add_taker(self.number, self._taken)
+
+    def run(self, call: TorchCall, buffers: Tensors) -> None:
+        straight = self._flow.is_straight(self.number)
+        if straight and self._taken is not None:
+            handle = buffers[self._taken]
+            straight = self._flow.prove(self.number, lambda: is_signed(handle))
+            if not straight:
+                discard(handle)
+        if straight:
+            super().run(call, buffers)
+            if self._makes_handle and not self._flow.is_proven:
+                sign(buffers[-1])
+        else:
+            operands, results = [buffers[i] for i in self._kept], buffers[self._n_buffers :]
+            self._plain.run(_graphless(call)[0], (*operands, *(results[:-1] if self._makes_handle else results)))
+
+
+def _graphless(call: TorchCall) -> tuple[TorchCall, tuple[int, ...]]:
+    graphless = call.graphless()
+    assert graphless is not None
+    return graphless
+
+
+def _holders(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """How many hold each tensor or its storage."""
+    return [sys.getrefcount(x) + torch._C._storage_Use_Count(x.untyped_storage()._cdata) for x in tensors]
+
+
+def _escaped(tensors: Sequence[torch.Tensor], before: Sequence[int]) -> list[int]:
+    """Those that more hold than before."""
+    return [i for i, (a, b) in enumerate(zip(before, _holders(tensors), strict=True)) if b > a]
 
 
 def is_complex(aval: Any) -> bool:

@@ -25,10 +25,11 @@ import numpy as np
 import torch
 from torch._functorch import pyfunctorch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .aten import bound, in_checkpoint
+from .device_random import DeviceDraws, can_draw
 from .errors import RandomnessError
+from .modes import Mode
 
 _functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -110,31 +111,28 @@ def refuse(name: str, op: Any, remedy: str) -> RandomnessError:
     )
 
 
-class WithoutKey(TorchDispatchMode):
-    """Within it, drawing random numbers is an error."""
-
-    def __init__(self, name: str, remedy: str):
-        super().__init__()
-        self._name, self._remedy = name, remedy
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if draws(func, bound(func, args, kwargs)):
-            raise refuse(self._name, func, self._remedy)
-        return func(*args, **kwargs)
-
-
-class WithKey(TorchDispatchMode):
+class WithKey(Mode):
     """Within it, random ops draw from a key, given by its words: uint32[n], under `torch.func.vmap` one per example."""
 
     def __init__(self, key: torch.Tensor):
         super().__init__()
-        self._batch, words = _examples(key)
-        self._is_fake = words is None
-        self._generators = [_Generators(_seed(row)) for row in words or ()]
+        self._batch, self._keys = _examples(key)
+        self._on_device = None
+        if self._keys is not None and can_draw(self._keys.device):
+            self._on_device = DeviceDraws(self._keys, self._batch)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    @functools.cached_property
+    def words(self) -> list[list[int]] | None:
+        """The words of each example's key, which the host has to read; None on fake tensors."""
+        with torch._C.DisableTorchFunction():  # no value that the callable reads
+            return None if self._keys is None else self._keys.tolist()
+
+    @functools.cached_property
+    def _generators(self) -> "list[_Generators]":
+        """Those of each example, seeded by its key."""
+        return [_Generators(_seed(row)) for row in self.words or ()]
+
+    def op(self, func: Any, args: Any, kwargs: Any) -> Any:
         if torch.Tag.nondeterministic_seeded not in func.tags or not draws(func, bound(func, args, kwargs)):
             return func(*args, **kwargs)
         _refuse_checkpoint(func)
@@ -142,22 +140,32 @@ class WithKey(TorchDispatchMode):
             drawn = func.decompose(*args, **kwargs)  # under `torch.inference_mode` ops come undecomposed
         if drawn is not NotImplemented:
             return drawn
-        rows = list(self._rows(func, args, kwargs)) if self._batch else [(args, kwargs)]
-        if self._is_fake:
+        if self._batch:
+            self._check_batch(func, args, kwargs)
+        if self._keys is None:
             return func(*args, **kwargs)
+        if self._on_device is not None and _device(args, kwargs).type == self._keys.device.type:
+            drawn = self._on_device.draw(func, args, kwargs)
+            if drawn is not NotImplemented:
+                return drawn
+        rows = self._rows(func, args, kwargs) if self._batch else [(args, kwargs)]
         outs = [_draw(g, func, *row) for g, row in zip(self._generators, rows, strict=True)]
         if not self._batch:
             return outs[0]
         return args[0] if _is_in_place(func) else self._join(outs)
 
-    def _rows(self, func: Any, args: Any, kwargs: Any) -> Iterator[tuple[list[Any], dict[str, Any]]]:
-        """The arguments of each example."""
-        n = len(self._batch)
+    def _check_batch(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Raise for an op that does not draw for the whole batch, along its leading axes."""
         names = [a.name for a in func._schema.arguments]
         values = [*zip(names, args, strict=False), *kwargs.items()]
         shapes = [tuple(v.shape) if isinstance(v, torch.Tensor) else tuple(v) for k, v in values if _is_batched(k, v)]
+        n = len(self._batch)
         if func.overloadpacket.__name__ not in _EXAMPLE_BY_EXAMPLE or any(s[:n] != self._batch for s in shapes):
             raise RuntimeError(f"{func} cannot draw for each example of a batch at once")
+
+    def _rows(self, func: Any, args: Any, kwargs: Any) -> Iterator[tuple[list[Any], dict[str, Any]]]:
+        """The arguments of each example."""
+        n, names = len(self._batch), [a.name for a in func._schema.arguments]
 
         def row(name: str, value: Any, index: tuple[int, ...]) -> Any:
             if not _is_batched(name, value):
@@ -190,8 +198,8 @@ def _is_batched(name: str, value: Any) -> bool:
     return isinstance(value, torch.Tensor) or name == "size"
 
 
-def _examples(key: torch.Tensor) -> tuple[tuple[int, ...], list[list[int]] | None]:
-    """The sizes of the enclosing `torch.func.vmap`s, outermost first, and the words of each example's key.
+def _examples(key: torch.Tensor) -> tuple[tuple[int, ...], torch.Tensor | None]:
+    """The sizes of the enclosing `torch.func.vmap`s, outermost first, and the words of each example's key: [n, words].
 
     On fake tensors there are no words. Axes that are no vmap's (a natively batched call) are words too.
     """
@@ -208,7 +216,7 @@ def _examples(key: torch.Tensor) -> tuple[tuple[int, ...], list[list[int]] | Non
         for i, (level, _) in enumerate(sorted(levels)):  # an axis is counted among those of inner levels
             key = key.movedim(axes[level] + i, i) if level in axes else key.unsqueeze(i)
         key = key.expand(*batch, *key.shape[len(batch) :])
-        return batch, key.reshape(math.prod(batch), -1).tolist()
+        return batch, key.reshape(math.prod(batch), -1)
 
 
 def _seed(words: Sequence[int]) -> int:

@@ -7,17 +7,20 @@ Source: [TorchDispatchMode](https://docs.pytorch.org/docs/stable/notes/extending
 idea is that of [make_fx](https://docs.pytorch.org/docs/stable/func.api.html) and CUDA graphs.
 """
 
+import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .aten import bound, storage_of, written
+from .aten import bound, reads_values, written
+from .guard import Exposure
+from .memory import fills_storage, is_plain, memory_key, storage_of
+from .modes import Mode
 from .random import draws
 
 Tensors = tuple[torch.Tensor, ...]
@@ -26,6 +29,7 @@ _MOST_STEPS = 2000
 """How long a recording may be: code has to be compiled."""
 _MOST_BYTES = 2**29
 """How large its outputs may be, of which it holds copies."""
+NOTHING = object()
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Memory:
     storage: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    n_bytes: int
     is_filled: bool
     """Whether the tensor, contiguous, is all that the storage holds."""
 
@@ -49,8 +54,8 @@ class Memory:
     def of(cls, tensor: torch.Tensor, storage: int) -> "Memory":
         """That of a tensor, whose storage has this number."""
         n_bytes = tensor.numel() * tensor.itemsize
-        is_filled = 0 < n_bytes == tensor.untyped_storage().nbytes() and tensor.is_contiguous()
-        return cls(storage, tensor.dtype, tuple(tensor.shape), is_filled)
+        is_filled = tensor.numel() > 0 and fills_storage(tensor)
+        return cls(storage, tensor.dtype, tuple(tensor.shape), n_bytes, is_filled)
 
 
 @dataclass
@@ -64,13 +69,17 @@ class Step:
     """None for what is no new tensor."""
     is_sequence: bool
     writes: bool
+    checks: bool
+    """Whether it may refuse the values of its operands, so that it counts though nobody uses what it returns."""
     grad_mode: bool
     """Whether gradients are enabled: some ops ask."""
+    read: Any = NOTHING
+    """The value that it gave to Python: with another one, Python might go elsewhere."""
 
     @property
     def made(self) -> Slot | None:
         """The one tensor it makes, if it does nothing else."""
-        return None if self.is_sequence or self.writes else self.results[0]
+        return self.results[0] if self.results and not (self.is_sequence or self.writes) else None
 
     def operands(self) -> set[int]:
         """The slots it reads, or writes into."""
@@ -92,7 +101,7 @@ class Part:
     """What the outputs were."""
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(Mode):
     """Writes down the ops that run while it is entered, part after part."""
 
     def __init__(self) -> None:
@@ -118,7 +127,7 @@ class Recorder(TorchDispatchMode):
         self.parts.append(part)
         if any(map(_unlike_memory, inputs)) or len(self._borrowed) < len(inputs):
             self.failure = "an operand is not plain memory, or shares it"
-        with self:
+        with self, Exposure(self._note_exposure, self._note_list):
             outputs = work()
         if self.failure is None and any(self._is_written_unseen(x()) for x in self._made_tensors):
             self.failure = "something wrote into a tensor unseen, on another thread for instance"
@@ -132,13 +141,24 @@ class Recorder(TorchDispatchMode):
         self._borrowed = set()
         return outputs
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self.failure is not None:
-            return func(*args, **kwargs)
-        if not isinstance(func, torch._ops.OpOverload):
-            self.failure = f"{func} is no aten op"
-            return func(*args, **kwargs)
+    def higher_order_op(self, func: Any, args: Any, kwargs: Any) -> Any:
+        self.failure = self.failure or f"{func} is no aten op"
+        return func(*args, **kwargs)
+
+    def op(self, func: Any, args: Any, kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction():  # what an op does within, it does in every run
+            return func(*args, **kwargs) if self.failure is not None else self._op(func, args, kwargs)
+
+    def _note_list(self, tensor: torch.Tensor, values: Any) -> None:
+        """Python is given values past torch's dispatcher."""
+        if self.failure is None:
+            with torch._C.DisableTorchFunction():
+                self._note_value(torch.Tensor.tolist, ((self._slot(tensor),), {}), values)
+
+    def _note_exposure(self, tensors: Iterable[torch.Tensor]) -> None:
+        self.failure = self.failure or "memory is handed out, past torch's dispatcher"
+
+    def _op(self, func: Any, args: Any, kwargs: Any) -> Any:
         arguments = bound(func, args, kwargs)
         op = _PLAIN.get(func, func)
         targets = list(written(func, arguments)) if op is func else []
@@ -147,9 +167,16 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         given = tree_map_only(torch.Tensor, self._slot, (args, kwargs))
         before = [memory_key(x) for x in targets]
-        output = func(*args, **kwargs)
+        try:
+            output = func(*args, **kwargs)
+        except Exception:
+            self.failure = f"{func} refuses the values of its operands, and who called it knows what to do"
+            raise
         if [memory_key(x) for x in targets] != before:
             self.failure = f"{func} changes the memory of a tensor"
+            return output
+        if reads_values(op):
+            self._note_value(func._op, given, output)
             return output
         self._note(op, given, output, writes=bool(targets))
         self._written |= {storage_of(x) for x in targets}
@@ -173,6 +200,10 @@ class Recorder(TorchDispatchMode):
             return f"{op} writes into a tensor from outside"
         return None
 
+    def _note_value(self, function: Any, given: tuple[Any, Any], value: Any) -> None:
+        step = Step(function, *given, [], False, False, True, torch.is_grad_enabled(), value)
+        self.parts[-1].steps.append(step)
+
     def _note(self, op: Any, given: tuple[Any, Any], output: Any, *, writes: bool) -> None:
         if op in _OF_GEOMETRY:
             return
@@ -187,8 +218,9 @@ class Recorder(TorchDispatchMode):
         results = [None if out is None or memory_key(out) in self._slots else self._new(out) for out in outs]
         if len(self.parts[-1].steps) == _MOST_STEPS:
             self.failure = "there are too many ops"
-        elif writes or any(results):
-            self.parts[-1].steps.append(Step(op, *given, results, is_sequence, writes, torch.is_grad_enabled()))
+        elif writes or any(results) or checks(op):
+            grad_mode = torch.is_grad_enabled()
+            self.parts[-1].steps.append(Step(op, *given, results, is_sequence, writes, checks(op), grad_mode))
 
     def _slot(self, tensor: torch.Tensor) -> Slot:
         """The slot of a tensor; a constant gets one when it is first met."""
@@ -213,19 +245,37 @@ class Recorder(TorchDispatchMode):
         return slot
 
 
+@functools.cache
+def checks(op: Any) -> bool:
+    """Whether an op may refuse the values of its operands, apart from what it returns: some do nothing else."""
+    if not op._schema.returns or op in _ASSERTIONS:
+        return True
+    name = op.overloadpacket.__name__.lstrip("_")
+    return name.startswith("linalg_") or any(argument.name in _LOOKED_UP for argument in op._schema.arguments)
+
+
 def _depends_on_values(op: Any, arguments: dict[str, Any]) -> bool:
-    """Whether the values of its operands decide on what an op returns, or on its shape."""
+    """Whether the values of its operands decide on the shape of what an op returns."""
     if op is _aten.index.Tensor:
         return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in arguments["indices"])
-    return torch.Tag.data_dependent_output in op.tags or torch.Tag.dynamic_output_shape in op.tags
+    is_dependent = torch.Tag.data_dependent_output in op.tags and not reads_values(op)
+    return is_dependent or torch.Tag.dynamic_output_shape in op.tags
 
 
 _aten = torch.ops.aten
+_ASSERTIONS = {
+    _aten._functional_assert_async.msg,
+    _aten._functional_assert_scalar.default,
+    _aten._functional_sym_constrain_range.default,
+    _aten._functional_sym_constrain_range_for_size.default,
+}
+"""Ops that return a token for their order only."""
+_LOOKED_UP = {"index", "indices", "target", "targets", "offsets"}
+"""How schemas call operands whose values must lie in a range."""
 _OF_GEOMETRY = {_aten.is_same_size.default, _aten._has_same_storage_numel.default}
 """Ops that ask for shapes alone, which stay the same."""
 
 _PLAIN = {  # ops whose effect is more than memory, and those that do as much with memory
-    _aten._efficientzerotensor.default: _aten.zeros.default,
     _aten.as_strided_.default: _aten.as_strided.default,
     _aten.squeeze_.default: _aten.squeeze.default,
     _aten.squeeze_.dim: _aten.squeeze.dim,
@@ -236,17 +286,6 @@ _PLAIN = {  # ops whose effect is more than memory, and those that do as much wi
 }
 
 
-def memory_key(tensor: torch.Tensor) -> Any:
-    """What tells a tensor of plain memory from all others: where its elements lie."""
-    return storage_of(tensor), tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
-
-
 def _unlike_memory(tensor: torch.Tensor) -> bool:
     """Whether a tensor is more, or less, than memory with a geometry."""
-    return (
-        type(tensor) not in (torch.Tensor, torch.nn.Parameter)
-        or tensor.layout != torch.strided
-        or tensor.is_quantized
-        or tensor.is_complex()
-        or tensor.is_neg()
-    )
+    return not is_plain(tensor) or tensor.is_complex() or tensor.is_neg()

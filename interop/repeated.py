@@ -10,11 +10,12 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 from .recording import Recorder
-from .replay import Code, Replay, codes_of
+from .replay import Code, OtherValueError, Replay, codes_of
 
 Tensors = tuple[torch.Tensor, ...]
 Direction = tuple[tuple[int, ...], tuple[int, ...]]
@@ -24,6 +25,8 @@ SMALL = 1e9
 LARGE = 1e11
 """Floating-point operations up to which a call is recorded; the proof takes one run more."""
 
+_OTHERS = 8
+"""How many recordings, and replays, may differ by the values that Python reads."""
 _TRIES = 64  # a recording ends in vain where the backward half never comes
 
 
@@ -36,7 +39,8 @@ class Repeated:
         self.direction: Direction | None = None
         """Of a forward and a backward half: the operands and the outputs by which gradients are taken."""
         self._first: tuple[Code, ...] | None = None
-        self._tries, self._decided = 0, False
+        self._tries, self._decided, self._others = 0, False, 0
+        self._hits = self._misses = 0
         self._under_way: weakref.WeakSet[Recorder] = weakref.WeakSet()
         self._lock = threading.Lock()
 
@@ -75,34 +79,73 @@ class Repeated:
         with self._lock:
             if self._decided:
                 return
-            codes, first = None if recorder.failure else codes_of(recorder), self._first
-            if codes is not None and first is None:
-                self._first, self.direction = codes, direction
-                return
-            is_direction = direction == self.direction
-            if codes is not None and first is not None and is_direction and all(map(Code.same_as, codes, first)):
-                replays = tuple(code.compile() for code in codes)
-                self.replays = replays if _prove(replays, recorder, inputs) else None
+            try:
+                codes = None if recorder.failure else codes_of(recorder)
+                if codes is not None and self._first is None:
+                    self._first, self.direction = codes, direction
+                    return
+                if codes is not None and self._is_second(codes, direction):
+                    replays = _proven(codes, recorder, inputs)
+                    self.replays = replays and tuple(map(self._counted, codes, replays))
+                elif codes is not None and self._values_differ(codes):
+                    self._first, self.direction = codes, direction
+                    return
+            except Exception:  # of an argument that is like no other, for instance
+                self.replays = None
             self._decided, self._first = True, None
 
+    def _values_differ(self, codes: tuple[Code, ...]) -> bool:
+        """Whether it may be for other values that this recording is not like the first one, and another may be."""
+        self._others += 1
+        return self._others < _OTHERS and any(code.reads for code in codes)
 
-def _prove(replays: tuple[Replay, ...], recorder: Recorder, inputs: Tensors) -> bool:
-    """Whether the replays give what the recorded run gave: some ops cannot be called as a dispatch mode sees them."""
+    def _counted(self, code: Code, run: Replay) -> Replay:
+        """A replay that is given up where the values that Python has read are others too often."""
+        if not code.reads:
+            return run
+
+        def counted(*tensors: Any) -> list[torch.Tensor]:
+            try:
+                kept = run(*tensors)
+            except OtherValueError:
+                self._misses += 1
+                if self._misses > _OTHERS + self._hits // 4:
+                    self.replays = None
+                raise
+            self._hits += 1
+            return kept
+
+        return counted
+
+    def _is_second(self, codes: tuple[Code, ...], direction: Direction | None) -> bool:
+        first = self._first
+        return first is not None and direction == self.direction and all(map(Code.same_as, codes, first))
+
+
+def _proven(codes: tuple[Code, ...], recorder: Recorder, inputs: Tensors) -> tuple[Replay, ...] | None:
+    """The replays, if they give what the recorded run gave: some ops cannot be called as a dispatch mode sees them."""
     kept: list[torch.Tensor] = []
-    try:
-        for part, run in zip(recorder.parts, replays, strict=True):
-            results = [torch.empty_like(x) for x in part.results]
-            with ops_alone():
-                kept = run(kept, *inputs[: len(part.inputs)], *results)
-            if not all(map(_same_bits, results, part.results)):
-                return False
-    except Exception:
+    replays = tuple(code.compile() for code in codes)
+    for part, run in zip(recorder.parts, replays, strict=True):
+        results = [torch.empty_like(x) for x in part.results]
+        with ops_alone():
+            kept = run(kept, *inputs[: len(part.inputs)], *results)
+        if not all(map(_agree, results, part.results)):
+            return None
+    return replays
+
+
+def _agree(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two runs of the same ops gave the same bits; on a GPU, which sums in any order, nearly the same."""
+    if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return True
-
-
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+    same = (a == b) | ((a != a) & (b != b))
+    if bool(same.all()):
+        return True
+    if not a.is_cuda or not a.is_floating_point():
+        return False
+    tolerance = torch.finfo(a.dtype).eps ** 0.5 * b.nan_to_num(0, 0, 0).abs().max()
+    return bool((same | ((a - b).abs() <= tolerance)).all())
 
 
 @contextlib.contextmanager
@@ -119,5 +162,8 @@ def ops_alone() -> Iterator[None]:
 _KEYS = torch._C.DispatchKey
 _ABOVE_OPS = functools.reduce(
     torch._C.DispatchKeySet.__or__,
-    map(torch._C.DispatchKeySet, (_KEYS.AutogradFunctionality, _KEYS.ADInplaceOrView, _KEYS.AutocastCPU)),
+    map(
+        torch._C.DispatchKeySet,
+        (_KEYS.AutogradFunctionality, _KEYS.ADInplaceOrView, _KEYS.AutocastCPU, _KEYS.AutocastCUDA),
+    ),
 )

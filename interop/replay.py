@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-from .recording import Part, Recorder, Slot, Step, memory_key
+from .cuda_graphs import MOST_BYTES, Captured
+from .memory import memory_key
+from .recording import NOTHING, Part, Recorder, Slot, Step
 from .static import static_key
 
 Replay = Callable[..., list[torch.Tensor]]
@@ -30,6 +32,15 @@ def codes_of(recorder: Recorder) -> "tuple[Code, ...]":
         codes.append(Code(recorder, part, kept))
         kept = codes[-1].given
     return tuple(codes[::-1])
+
+
+class OtherValueError(Exception):
+    """A value that Python has read is another one than in the recording."""
+
+
+def _check_value(value: Any, recorded: Any) -> None:
+    if value != recorded and not (value != value and recorded != recorded):
+        raise OtherValueError
 
 
 class Code:
@@ -56,7 +67,11 @@ class Code:
         self._names: dict[int, str] = {}
         self.values = {self._show(Slot(n)): recorder.constants[n] for n in outside if n in recorder.constants}
         """The globals of the code: constants, ops, and what has no literal."""
+        self.reads = any(step.read is not NOTHING for step in steps)
+        """Whether Python has read values."""
         self.source = "\n    ".join(self._lines(steps, inputs, len(part.outputs)))
+        self._made_bytes = sum(self._memory[slot.number].n_bytes for step in steps for slot in step.results if slot)
+        self._is_on_gpu = any(x.is_cuda for x in part.results)
 
     def same_as(self, other: "Code") -> bool:
         """Whether both do the same. Each holds its constants, so equal addresses are of the same tensors."""
@@ -66,10 +81,11 @@ class Code:
         """The code as a function."""
         scope: dict[str, Any] = {**self.values}
         exec(self.source, scope)
-        return scope["run"]
+        run = scope["run"]
+        return Captured(run) if self._is_on_gpu and self._made_bytes <= MOST_BYTES else run
 
     def _keys(self) -> dict[str, Any]:
-        return {k: memory_key(v) if isinstance(v, torch.Tensor) else static_key(v) for k, v in self.values.items()}
+        return {name: _key(value) for name, value in self.values.items()}
 
     def _find_direct(self, part: Part) -> dict[int, int]:
         """Slots that an op can make where an output belongs, each with its number: nothing else needs their memory."""
@@ -90,11 +106,11 @@ class Code:
         return direct
 
     def _needed(self, steps: list[Step]) -> list[Step]:
-        """The steps on which an output or what is kept depends."""
+        """The steps on which an output or what is kept depends, and those that check values."""
         wanted = {n for _, n in self._copied} | {*self._kept} | self._direct.keys()
         needed = []
         for step in reversed(steps):
-            if step.writes or any(slot.number in wanted for slot in step.results if slot):
+            if step.writes or step.checks or any(slot.number in wanted for slot in step.results if slot):
                 wanted |= step.operands()
                 needed.append(step)
         return needed[::-1]
@@ -132,12 +148,19 @@ class Code:
         return [f"r{i}.copy_({self._show(Slot(n))})" for i, n in self._copied if changed[n] == step]
 
     def _line(self, step: Step) -> str:
+        if step.read is not NOTHING:
+            return self._check(step)
         op, given = step.op, [*map(self._show, step.args), *(f"{k}={self._show(v)}" for k, v in step.kwargs.items())]
         if step.made and step.made.number in self._direct:
             op = OUT_VARIANTS[op]
             given.append(f"{op._schema.arguments[-1].name}={self._result(step.made.number)}")
         results = "".join((self._show(slot) if slot else "_") + ", " for slot in step.results)
         return f"{results if step.is_sequence else results[:-2]} = {self._global(op._op)}({', '.join(given)})"
+
+    def _check(self, step: Step) -> str:
+        """What goes on only where a value is the one that was read."""
+        read = f"{self._global(step.op)}({', '.join(map(self._show, step.args))})"
+        return f"{self._global(_check_value)}({read}, {self._show(step.read)})"
 
     def _result(self, made: int) -> str:
         """Where a slot is made that is an output, or has it as a view."""
@@ -160,6 +183,15 @@ class Code:
         self.values[name] = value
         return name
 
+
+def _key(value: Any) -> Any:
+    """What a global of code is, for comparisons: others than these may not know how to compare themselves."""
+    if isinstance(value, torch.Tensor):
+        return memory_key(value)
+    return static_key(value) if isinstance(value, _COMPARABLE) else id(value)
+
+
+_COMPARABLE = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 _aten = torch.ops.aten
 OUT_VARIANTS = {

@@ -1,35 +1,24 @@
 """Live residuals: torch's autograd graph stays alive between the forward and the backward call.
 
-The forward call (`Save`) stores its graph here and hands JAX a handle, two integers, as the only extra
+The forward call (`save.py`) stores its graph here and hands JAX a handle, two integers, as the only extra
 residual; the backward call takes the graph out by the handle and runs it. A handle that is not here any more
 means recompute, which is always correct: the backward ran before, or is batched, or the graph was evicted.
 
-In a compiled program the graph gives way to a recording of its ops where that is possible (`repeated.py`).
-
-Where the handle is unused, JAX's dead-code elimination replaces `Save` by the plain forward; eagerly, a
+Where the handle is unused, JAX's dead-code elimination replaces the forward call by a plain one; eagerly, a
 finalizer of the handle drops the graph; one that is not asked for all the same is dropped when it has waited long.
-
-Under vmap one graph holds the whole batch: `Save` enters operands that all examples share once for each example (a
-view, `Tensor.expand`), so that its gradients are those of the examples.
 """
 
 import itertools
-import weakref
 from collections.abc import Callable
 
 import jax
 import torch
 
-from .aten import storage_of
-from .batching import vmap
-from .call import Tensors, TorchCall
-from .graph import Batch, Graph, Tape, holders
-from .handles import HANDLE, handle_of, number_of, number_of_array, write_handle
-from .hidden_writes import hidden_writes
-from .repeated import Repeated
+from .graph import Batch, Graph, Tape
+from .handles import number_of, when_dropped, write_handle
 
 _UNASKED, _ROUNDS, _DISCARDED = 64, 16, 3
-_graphs: "dict[int, tuple[Kept, _Shelf]]" = {}
+_graphs: "dict[int, tuple[Kept, Shelf]]" = {}
 _numbers = itertools.count(1)
 Kept = Graph | Tape
 
@@ -39,104 +28,7 @@ def live_graphs() -> int:
     return len(_graphs)
 
 
-class Save(TorchCall):
-    """`inner`, with one more output: the handle of its autograd graph with respect to `active`.
-
-    With a `batch`, the same over a batch axis, its graph giving the gradients of each example.
-    """
-
-    def __init__(self, inner: TorchCall, active: tuple[int, ...], batch: Batch | None = None):
-        super().__init__()
-        self.inner, self.active, self.batch, self.base = inner, active, batch, inner.base
-        self._plain = inner if batch is None else vmap(inner, *batch)
-        self._shared = () if batch is None else tuple(i for i in active if batch[0][i] is None)
-        self._graphed = self._plain
-        if batch is not None:
-            dims, size = batch
-            self._graphed = vmap(inner, tuple(0 if i in self._shared else d for i, d in enumerate(dims)), size)
-        self.operations = self._graphed.operations
-        self.name = f"save({self._plain.name})"
-        self.in_avals, self.out_avals = self._plain.in_avals, (*self._plain.out_avals, HANDLE)
-        self._shelf = _Shelf()
-        self._keepable: bool | None = None  # known after the first run
-
-    @property
-    def plain_kernels(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self._graphed.plain_kernels
-
-    def prepare(self) -> None:
-        self.base.derive(hidden_writes)
-        self._graphed.prepare()
-        if self.base.is_loose and self.batch is not None:
-            self._keepable = False
-
-    @property
-    def composable(self) -> bool:
-        return False  # it is only ever executed
-
-    @property
-    def recordable(self) -> bool:
-        return self._graphed.recordable and not self.base.derive(hidden_writes)
-
-    @property
-    def _keeps(self) -> bool:
-        """Whether to keep graphs: they can be kept, and somebody wants them."""
-        return self._keepable is not False and not self._shelf.is_vain
-
-    def execute(self, *tensors: torch.Tensor) -> Tensors:
-        return self._save(tensors, None) if self._keeps else (*self._plain.execute(*tensors), handle_of(0))
-
-    def repeat(self, *tensors: torch.Tensor) -> Tensors:
-        if not self._keeps:
-            return *self._plain.repeat(*tensors), handle_of(0)
-        return self._save(tensors, self.repeated if tensors[0].is_cpu else None)
-
-    def replay(self, operands: Tensors, results: Tensors) -> bool:
-        if not self._keeps:
-            write_handle(results[-1], 0)
-            return self._plain.replay(operands, results[:-1])
-        repeated = self.repeated
-        if repeated is None or repeated.replays is None:
-            return False
-        kept = repeated.replays[0]([], *operands, *results[:-1])
-        write_handle(results[-1], self._shelf.put(Tape(repeated, kept, self.batch)))
-        return True
-
-    def _save(self, tensors: Tensors, repeated: Repeated | None) -> Tensors:
-        graph = Graph(self._graphed, self.active, self.batch, repeated)
-        before = holders(tensors)
-        try:
-            outs = graph.forward(tensors, self._each)
-            keepable = self._keepable or not _are_held(tensors, before, outs)
-        except Exception:  # torch.func transforms in the callable refuse saved tensor hooks, for instance
-            if self._keepable:
-                raise
-            outs, keepable = self._plain.execute(*tensors), False  # raises again what is the callable's own fault
-        self._keepable = keepable
-        return (*outs, handle_of(self._shelf.put(graph) if keepable else 0))
-
-    def _each(self, tensors: Tensors) -> Tensors:
-        """Shared operands once for each example."""
-        if self.batch is None:
-            return tensors
-        size = self.batch[1]
-        return tuple(x.expand(size, *x.shape) if i in self._shared else x for i, x in enumerate(tensors))
-
-    def select(self, used: tuple[int, ...]) -> tuple[TorchCall, tuple[int, ...]] | None:
-        return None if len(self.out_avals) - 1 in used else self.graphless()
-
-    def graphless(self) -> tuple[TorchCall, tuple[int, ...]]:
-        return self._plain, tuple(range(len(self.in_avals)))
-
-
-def _are_held(tensors: Tensors, before: list[int], outs: Tensors) -> bool:
-    """Whether a graph has the memory of operands, as where the call made leaves of them or noted them in a context."""
-    views = [storage_of(y) for y in outs]
-    after = [n - views.count(storage_of(x)) for n, x in zip(holders(tensors), tensors, strict=True)]
-    return any(a > b for a, b in zip(after, before, strict=True))
-
-
-class _Shelf:
+class Shelf:
     """The graphs of one `Save` that wait for their backward call.
 
     Some wait in vain: `cond` under vmap runs both branches, and a handle that no example chose is lost. Dropping a
@@ -160,12 +52,12 @@ class _Shelf:
             self._taking, self._round = False, self._round + 1
             for number, put_in in self._round_of.copy().items():
                 if put_in < self._round - _ROUNDS:
-                    _drop(number)
+                    drop(number)
         number = next(_numbers)
         self._round_of[number] = self._round
         _graphs[number] = graph, self
         if not self._asked and len(self._round_of) > _UNASKED:
-            _drop(next(iter(self._round_of.copy())))
+            drop(next(iter(self._round_of.copy())))
         return number
 
     def remove(self, number: int) -> None:
@@ -187,7 +79,7 @@ def take_graph(handle: torch.Tensor | None) -> Kept | None:
     """Remove and return the graph of a handle, if it is still there."""
     if handle is None:
         return None
-    return _drop(number_of(handle), _Shelf.take)
+    return drop(number_of(handle), Shelf.take)
 
 
 def is_kept(handle: torch.Tensor) -> bool:
@@ -201,22 +93,30 @@ def take_tape(handle: torch.Tensor, active: tuple[int, ...], outs: tuple[int, ..
     tape, _ = _graphs.get(number, (None, None))
     if not isinstance(tape, Tape) or not tape.gives(active, outs, batch):
         return None
-    _drop(number, _Shelf.take)
+    drop(number, Shelf.take)
     return tape
+
+
+def hand_over(handle: torch.Tensor, number: int) -> None:
+    """Write a number into a handle; what lay there on a GPU is gone, and so is its graph."""
+    before = write_handle(handle, number)
+    if before:
+        drop(before)
 
 
 def discard(handle: torch.Tensor | None) -> None:
     """Drop the graph of a handle, for which there is no use."""
     if handle is not None:
-        _drop(number_of(handle), _Shelf.discard)
+        drop(number_of(handle), Shelf.discard)
 
 
 def drop_with(handle: jax.Array) -> None:
     """Drop the graph when this handle array dies: for eager calls, whose backward may never come."""
-    weakref.finalize(handle, _drop, number_of_array(handle)).atexit = False
+    when_dropped(handle, drop)
 
 
-def _drop(number: int, how: Callable[[_Shelf, int], None] = _Shelf.remove) -> Kept | None:
+def drop(number: int, how: Callable[[Shelf, int], None] = Shelf.remove) -> Kept | None:
+    """Remove and return what a number stands for, if it is still there."""
     graph, shelf = _graphs.pop(number, (None, None))
     if shelf is not None:
         how(shelf, number)

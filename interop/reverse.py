@@ -3,8 +3,9 @@
 Everything here may run inside an outer `torch.autograd` graph and is differentiable again when gradients are enabled.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 
@@ -12,41 +13,62 @@ Tensors = tuple[torch.Tensor, ...]
 Function = Callable[..., Tensors]
 
 
-def pullback(function: Function, xs: Tensors, cotangents: Tensors) -> Tensors:
-    """`J^H ct`, in torch's convention."""
+Rows = Literal["never", "where needed", "always"]
+
+
+def pullback(function: Function, xs: Tensors, cotangents: Tensors, *, audited: bool = False) -> Tensors:
+    """`J^H ct`, in torch's convention; `audited`: see `gradients`."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         outs, leaves = _forward(function, xs)
         if create_graph:  # torch marks what cannot be differentiated again only where cotangents require gradients
             cotangents = tuple(ct if ct.requires_grad else ct.detach().requires_grad_() for ct in cotangents)
-        return gradients(outs, leaves, cotangents, create_graph=create_graph)
+        return gradients(outs, leaves, cotangents, create_graph=create_graph, audited=audited)
 
 
-def pushforward(function: Function, xs: Tensors, tangents: Tensors) -> Tensors:
+def pushforward(
+    function: Function, xs: Tensors, tangents: Tensors, *, rows: Rows = "where needed", audited: bool = False
+) -> Tensors:
     """`J t` by reverse mode alone: the pullback of the pullback, or row by row where torch cannot repeat it."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        try:
-            outs, leaves = _forward(function, xs)
-            # ct -> J^H ct is linear, so its own pullback, at any ct, is t -> J t.
-            cotangents = tuple(torch.zeros_like(y).requires_grad_() for y in outs)
-            grads = gradients(outs, leaves, cotangents, create_graph=True)
-            return gradients(grads, cotangents, tangents, create_graph=create_graph)
-        except RuntimeError as exc:
-            if not any(reason in str(exc) for reason in _ONCE_DIFFERENTIABLE):
-                raise
+        if rows != "always":
+            try:
+                return _twice(function, xs, tangents, create_graph=create_graph, audited=audited)
+            except RuntimeError as exc:
+                if rows == "never" or not cannot_repeat(exc):
+                    raise
         outs, leaves = _forward(function, xs)
-        return tuple(_rows(y, leaves, tangents, create_graph=create_graph) for y in outs)
+        return tuple(_rows(y, leaves, tangents, create_graph=create_graph, audited=audited) for y in outs)
 
 
-_ONCE_DIFFERENTIABLE = ("is not implemented", "once_differentiable")
+def cannot_repeat(failure: RuntimeError) -> bool:
+    """Whether what failed was torch's backward pass of a backward pass."""
+    return any(reason in str(failure) for reason in _ONCE_DIFFERENTIABLE)
 
 
-def _rows(out: torch.Tensor, leaves: Tensors, tangents: Tensors, *, create_graph: bool) -> torch.Tensor:
+_CUT = "torch cuts the graph of gradients"
+_ONCE_DIFFERENTIABLE = ("is not implemented", "once_differentiable", _CUT)
+
+
+def _twice(function: Function, xs: Tensors, tangents: Tensors, *, create_graph: bool, audited: bool) -> Tensors:
+    outs, leaves = _forward(function, xs)
+    # ct -> J^H ct is linear, so its own pullback, at any ct, is t -> J t. Some formulas take logarithms of ct.
+    cotangents = tuple(torch.full_like(y, 2**-7).requires_grad_() for y in outs)
+    grads = gradients(outs, leaves, cotangents, create_graph=True, audited=audited)
+    return gradients(grads, cotangents, tangents, create_graph=create_graph, audited=audited)
+
+
+def _rows(
+    out: torch.Tensor, leaves: Tensors, tangents: Tensors, *, create_graph: bool, audited: bool
+) -> torch.Tensor:
     """`J t` one output element at a time: each row of `J` is a gradient."""
 
     def element(cotangent: torch.Tensor) -> torch.Tensor:
-        rows = gradients((out,), leaves, (cotangent,), create_graph=create_graph, retain_graph=True)
+        cotangent.requires_grad_(create_graph)
+        rows = gradients(
+            (out,), leaves, (cotangent,), create_graph=create_graph, retain_graph=True, audited=audited
+        )
         return sum((torch.sum(r.conj() * t).real for r, t in zip(rows, tangents, strict=True)), torch.zeros(()))
 
     basis = torch.eye(out.numel(), dtype=out.dtype, device=out.device).reshape(-1, *out.shape)
@@ -61,19 +83,24 @@ def gradients(
     *,
     create_graph: bool,
     retain_graph: bool | None = None,
+    audited: bool = False,
 ) -> Tensors:
-    """`torch.autograd.grad`, giving zeros where `outs` do not depend on `xs`."""
+    """`torch.autograd.grad`, giving zeros where `outs` do not depend on `xs`.
+
+    If `audited`, it raises a `RuntimeError` where a backward formula gives gradients that cannot be differentiated.
+    """
     pairs = [(y, ct) for y, ct in zip(outs, cotangents, strict=True) if y.requires_grad]
     if not pairs or not xs:
         return tuple(torch.zeros_like(x) for x in xs)
-    grads = torch.autograd.grad(
-        [y for y, _ in pairs],
-        xs,
-        [ct for _, ct in pairs],
-        create_graph=create_graph,
-        retain_graph=retain_graph,
-        allow_unused=True,
-    )
+    with _audit([y for y, _ in pairs]) if audited and create_graph else contextlib.nullcontext():
+        grads = torch.autograd.grad(
+            [y for y, _ in pairs],
+            xs,
+            [ct for _, ct in pairs],
+            create_graph=create_graph,
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
     if create_graph:
         _refuse_dead_ends([g for g in grads if g is not None])
     return tuple(torch.zeros_like(x) if g is None else dense(g) for g, x in zip(grads, xs, strict=True))
@@ -84,21 +111,50 @@ def dense(gradient: torch.Tensor) -> torch.Tensor:
     return gradient if gradient.layout == torch.strided else gradient.to_dense()
 
 
+@contextlib.contextmanager
+def _audit(outs: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Raise where a gradient does not depend on the one before, in which it is linear: it was cut off from it."""
+    cuts: list[str] = []
+
+    def watch(node: Any) -> Any:
+        def check(grad_inputs: Sequence[torch.Tensor | None], grad_outputs: Sequence[torch.Tensor | None]) -> None:
+            if any(g is not None and g.requires_grad for g in grad_outputs):
+                cuts.extend(node.name() for g in grad_inputs if g is not None and not g.requires_grad and g.any())
+
+        return node.register_hook(check)
+
+    handles = [watch(node) for node in _nodes(outs)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    if cuts:
+        raise RuntimeError(
+            f"{_CUT} at {cuts[0]}, whose own derivative would be zero without a word. Compute by other ops what that "
+            "is the backward pass of, or differentiate once only."
+        )
+
+
+def _nodes(tensors: Sequence[torch.Tensor]) -> Iterator[Any]:
+    """The nodes of the graph of tensors."""
+    seen: set[Any] = set()
+    nodes = [x.grad_fn for x in tensors]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            nodes += [following for following, _ in node.next_functions]
+
+
 def _refuse_dead_ends(grads: Sequence[torch.Tensor]) -> None:
     """Raise where a backward formula marked `once_differentiable` cuts the graph of gradients.
 
     torch puts an error there, but never reaches it: what lies behind is taken for unused, its gradient for zero.
     """
-    seen: set[Any] = set()
-    nodes = [g.grad_fn for g in grads]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() == "torch::autograd::Error":
-            raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
-        seen.add(node)
-        nodes += [following for following, _ in node.next_functions]
+    if any(node.name() == "torch::autograd::Error" for node in _nodes(grads)):
+        raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
 
 
 def conj(tensors: Tensors) -> Tensors:

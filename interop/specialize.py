@@ -1,18 +1,22 @@
 """A torch callable at one signature: a `Base` call over flat tensors, and how results become the output."""
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NoReturn
 
 import jax
 import torch
 
-from . import ambient, dtypes
+from . import ambient, dtypes, guard
 from .call import Aval, Base, Tensors
 from .errors import TorchCallError
+from .guard import Guard
+from .kernels import HIGHER_ORDER, UNRECORDED
+from .memory import storage_of
 from .narrow import narrowed
 from .static import static_key
-from .trace import Flat, Trace
+from .trace import Trace
+from .traceable import Flat
 from .trees import flatten_registering, leaf_names
 
 
@@ -25,6 +29,9 @@ class Specialized:
     - `operand_names`, `in_avals`: the operands.
     - `wanted`: the torch dtype each operand arrives in.
     - `found`: what tracing found.
+    - `device`: where it is likely to run.
+    - `refuse_write`: called where operands that are state, but not in `found.state`, would change.
+    - `key_remedy`: what to do where random numbers are drawn; None if the last operand is a key.
     - `options`: those of `Base`.
     """
 
@@ -37,16 +44,19 @@ class Specialized:
         found: Trace,
         *,
         name: str,
+        device: torch.device,
+        buffers: tuple[int, ...],
+        refuse_write: Callable[[Collection[int]], NoReturn],
+        key_remedy: str | None,
         **options: Any,
     ):
         self._name, self._function, self._found = name, function, found
         self._autocast = ambient.autocast_here()
-        given = [dtypes.to_torch_dtype(aval.dtype) for aval in in_avals]
-        self._conversions = [
-            (i, new, i in found.mutated)
-            for i, (old, new) in enumerate(zip(given, wanted, strict=True))
-            if old != new or i in found.mutated
-        ]
+        self._wanted, self._refuse_write, self._key_remedy = list(wanted), refuse_write, key_remedy
+        self._fixed = tuple(i for i in buffers if i not in found.state)
+        self._copies = found.watched and (found.leaves_torch or not found.fused_kernels.isdisjoint(UNRECORDED))
+        self._mutated = set(range(len(wanted))) if self._copies else set(found.mutated)
+        self._conversions = self._find_conversions([dtypes.to_torch_dtype(aval.dtype) for aval in in_avals])
         self._is_tensor = jax.tree_util.treedef_is_leaf(found.treedef) and bool(found.out_avals)
         self._n_outs, self.state, self.random = len(found.out_avals), found.state, found.random
         out_avals = (*found.out_avals, *(in_avals[i] for i in found.state))
@@ -59,12 +69,16 @@ class Specialized:
             out_avals=out_avals,
             state=tuple(zip(found.state, range(self._n_outs, len(out_avals)), strict=True)),
             operations=found.operations,
-            fakeable=found.fakeable,
-            pure=found.fakeable and not (found.random or found.checkpoints != "none"),
+            device=device,
+            fakeable=found.fakeable and HIGHER_ORDER not in found.fused_kernels,  # torch.func.jvp of `cond` is zero
+            pure=found.steady,
+            reads=found.reads if found.steady and not found.fakeable else None,
+            captures=found.captures,
             grad_mode=found.grad_mode,
             differentiates=found.differentiates,
             checkpoints=found.checkpoints,
             fused_kernels=found.fused_kernels,
+            buffers=buffers,
             **options,
         )
 
@@ -74,13 +88,66 @@ class Specialized:
         leaves = [next(feed) if isinstance(leaf, Aval) else leaf for leaf in self._found.leaves]
         return jax.tree.unflatten(self._found.treedef, leaves), dict(zip(self.state, feed, strict=True))
 
+    def _find_conversions(self, given: Sequence[torch.dtype]) -> list[tuple[int, torch.dtype, bool]]:
+        """For operands that need it: their number, their dtype, and whether they are to be copies."""
+        return [
+            (i, new, i in self._mutated)
+            for i, (old, new) in enumerate(zip(given, self._wanted, strict=True))
+            if old != new or i in self._mutated
+        ]
+
     def _run(self, *tensors: torch.Tensor) -> Tensors:
         """The callable over flat tensors of the JAX dtypes."""
-        if self._conversions:
-            converted = list(tensors)
-            for i, dtype, written in self._conversions:
-                converted[i] = _convert(tensors[i], dtype, copy=written)
-            tensors = tuple(converted)
+        if not self._found.watched or not guard.is_plain_run(tensors):
+            return self._run_on(self._converted(tensors))
+        outs = None
+        while outs is None:
+            outs = self._run_watched(tensors)
+        return outs
+
+    def _run_watched(self, tensors: Tensors) -> Tensors | None:
+        """One run; None if it was about to write into an operand of which the next one gets a copy."""
+        converted = self._converted(tensors)
+        memory = {i: storage_of(x) for i, x in enumerate(converted) if x is tensors[i] or i in self._fixed}
+        watch = Guard(
+            {} if self._copies else {address: i for i, address in memory.items()}, self._name, self._key_remedy
+        )
+        outs: Tensors = ()
+        try:
+            with watch:
+                outs = self._run_on(converted)
+        except BaseException:
+            if watch.operand is None:
+                raise
+        if watch.operand is None:
+            self._check_fixed(tensors, converted, memory)
+            return outs
+        if watch.is_exposed:  # anything may be written there from now on
+            self._copies, self._mutated = True, set(range(len(tensors)))
+        elif watch.operand in self._fixed:
+            self._refuse_write([watch.operand])
+        self._mutated.add(watch.operand)
+        self._conversions = self._find_conversions([x.dtype for x in tensors])
+        return None
+
+    def _check_fixed(self, tensors: Tensors, converted: Tensors, memory: Mapping[int, int]) -> None:
+        """Refuse changes of state past torch's dispatcher, and those by `x.data = ...`, which writes into no memory."""
+        changed = [i for i in self._fixed if storage_of(converted[i]) != memory[i]]
+        if self._copies:
+            changed = [i for i in self._fixed if guard.changed(tensors[i].to(self._wanted[i]), converted[i])]
+        if changed:
+            self._refuse_write(changed)
+
+    def _converted(self, tensors: Tensors) -> Tensors:
+        """The operands in the dtypes they are wanted in, copied where the callable writes into them."""
+        if not self._conversions:
+            return tensors
+        converted = list(tensors)
+        for i, dtype, written in self._conversions:
+            converted[i] = _convert(tensors[i], dtype, copy=written)
+        return tuple(converted)
+
+    def _run_on(self, tensors: Tensors) -> Tensors:
         with ambient.autocast(self._autocast) if self._autocast else _NO_CHANGE:
             output, state = self._function(*tensors)
         if self._is_tensor and type(output) is torch.Tensor:

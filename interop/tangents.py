@@ -1,18 +1,35 @@
-"""`torch.no_grad` in forward mode: torch lets tangents through, but a JAX function has one derivative.
+"""Forward mode: `torch.no_grad` within it, and threads.
 
-So within a call, where `torch.no_grad` stops gradients (straight-through estimators, power iteration, running scales),
+torch lets tangents through `torch.no_grad`, but a JAX function has one derivative. So within a call, where `torch.no_grad` stops gradients (straight-through estimators, power iteration, running scales),
 it stops tangents as well.
+
+The levels of forward mode are the process's: where two threads are in it, one that leaves takes the other's tangents.
 
 Source: [forward-mode AD and no_grad](https://docs.pytorch.org/docs/stable/generated/torch.no_grad.html).
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch._functorch import pyfunctorch
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
+
+
+_lock = threading.RLock()
+
+
+def one_at_a_time() -> contextlib.AbstractContextManager[Any]:
+    """Around forward mode: no other call of ours is in it meanwhile."""
+    return _lock
+
+
+def uses_forward_mode() -> bool:
+    """Whether code that runs is within a level of forward mode."""
+    return forward_ad._current_level >= 0
 
 
 def in_forward_mode() -> bool:

@@ -66,7 +66,7 @@ def settle() -> None:
 
 
 class _TorchThread:
-    """Runs one piece of work at a time on a thread of its own."""
+    """Runs one piece of work at a time on a thread of its own; where none can be started, work runs where it is."""
 
     def __init__(self, n_threads: int):
         self.n_threads = n_threads
@@ -75,12 +75,15 @@ class _TorchThread:
         self._done.acquire()
         self._work: Callable[[], Any] | None = None
         self._result: Any = None
-        self._thread = threading.Thread(target=self._serve, name="torchleaf", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = threading.Thread(target=self._serve, name="torchleaf", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:  # since Python 3.12 no thread starts any more once the main thread has ended
+            self._thread = None
 
     def run(self, work: Callable[[], Any]) -> Any:
         """What `work` returns."""
-        if threading.get_ident() == self._thread.ident:
+        if self._thread is None or threading.get_ident() == self._thread.ident:
             return work()
         if not self._busy.acquire(timeout=_PATIENCE):
             spare = _TorchThread(self.n_threads)

@@ -1,164 +1,264 @@
-"""Abstract evaluation: run a torch callable once, without computing, to learn what it returns and does."""
+"""Abstract evaluation: what a torch callable returns and does, learned from a run that computes nothing, if possible.
 
-import gc
+On fake tensors a callable does what it does for all values, unless it reads some. Then it is run on example values:
+whether they decide about shapes shows where several give the same, and a running program watches for what no example
+showed (`guard.py`). A failure on fake tensors is no verdict; torch decides, on real ones.
+"""
+
 import math
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import jax
 import torch
-from torch._guards import active_fake_mode
-from torch._subclasses import fake_tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import dtypes, kernels
-from .aten import bound, in_checkpoint, in_reentrant_checkpoint, storage_of, tensors_in, written
-from .call import Aval, Checkpoints
-from .errors import CapturedWriteError, ForeignTensorError, StateError, TorchCallError, quote, signature_text
-from .operations import operations
-from .own_gradients import Asked, wants_gradients
-from .packed import BatchSizes
-from .random import draws, refuse
-from .trees import flatten_registering, leaf_names
+from . import kernels
+from .device_random import can_draw
+from .errors import TorchCallError, quote, signature_text
+from .examples import Example
+from .host_random import drawn_from, host_generators_seeded, refuse_host_draws
+from .known import Failure, KnownConstants
+from .observe import Observation, observe
+from .outputs import compare, declared
+from .repeated import SMALL
+from .traceable import Traceable
 from .trial import fake_mode
 
-_DATA_DEPENDENT = (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException)
-_NO_FAKE_KERNEL = (fake_tensor.UnsupportedOperatorException, fake_tensor.UnsupportedFakeTensorException)
-Flat = Callable[..., tuple[Any, Sequence[Any]]]
-"""A function of flat tensors: its output, any pytree, and what its state operands are after it."""
-
-_STATIC_OUTPUTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+Output = tuple[Any, tuple[Any, ...]]
+"""The tree and leaves of what a callable returns."""
 
 
 @dataclass(frozen=True)
-class Trace:
-    """What one signature of a callable does."""
+class Trace(Observation):
+    """What one signature of a callable does, and may do."""
 
-    treedef: Any
-    leaves: tuple[Any, ...]
-    """Output leaves: an `Aval` for each tensor, the value itself for static ones."""
-    mutated: frozenset[int]
-    """Operands the callable writes into, or may write into depending on values."""
-    state: tuple[int, ...]
-    """Operands of which the callable has new values after it: those of `state_operands` it changes, or may change."""
-    fused_kernels: frozenset[str]
-    """The fused kernels it uses that have replacements (`kernels.py`)."""
-    operations: float
-    """How many floating-point operations it takes, about (`operations.py`)."""
-    random: bool
-    """Whether it draws random numbers, or may draw them depending on values."""
-    checkpoints: Checkpoints = "none"
-    """Whether it uses `torch.utils.checkpoint`, and of which kind."""
-    differentiates: bool = False
-    """Whether parameters have to require gradients in any case (`own_gradients.py`)."""
-    steps: int = field(default=0, compare=False)
-    """Stands for the ops that it ran, one after another."""
     fakeable: bool = True
-    """Whether it runs on fake tensors."""
+    """Whether it does the same for all values: it runs on fake tensors."""
+    watched: bool = False
+    """Whether a run may do what no observation showed."""
+    steady: bool = True
+    """Whether it does nothing but ops, which are the same where `reads` are."""
     grad_mode: bool = True
     """Whether it has to run in torch's default grad mode also where nothing is differentiated."""
 
-    @property
-    def out_avals(self) -> tuple[Aval, ...]:
-        return tuple(leaf for leaf in self.leaves if isinstance(leaf, Aval))
 
-
-@dataclass(frozen=True)
-class Traceable:
-    """A torch callable over flat tensors, before it is known what it does."""
-
-    function: Flat
-    name: str
-    operand_names: Sequence[str]
-    specs: Sequence[tuple[tuple[int, ...], torch.dtype]]
-    """Shapes and torch dtypes of the operands."""
-    state_operands: tuple[int, ...]
-    """Operands whose values after the call the function returns beside its output."""
-    has_key: bool
-    """Whether random ops have a key to draw from."""
-    key_remedy: str
-    """What to do where they have none."""
-    trainable: tuple[int, ...] = ()
-    """Operands that are parameters of a module, which require gradients in torch."""
-    foreign: Mapping[int, str] = field(default_factory=dict)
-    """Storages that no op may read, because operands stand for what they hold; each with what it is."""
-
-
-def trace(traced: Traceable, *, out_shape: Any, example: Callable[[], list[torch.Tensor] | None]) -> Trace:
-    """Trace a callable: on fake tensors; or by the caller's `out_shape`; or by one real run on `example()`."""
-    try:
-        found = _observe_fake(traced, grad_mode=True)
-    except TorchCallError:
-        raise
-    except Exception as exc:
-        reason = _why_not_fakeable(exc)
-        if reason is None:
-            shown = signature_text(traced.operand_names, traced.specs)
-            hint = _WANTS_BATCH if isinstance(exc, ValueError) and _is_of_batchnorm(exc) else ""
-            raise TorchCallError(f"{traced.name} failed on operands {shown}.\ntorch said: {quote(exc)}{hint}") from exc
-        return _trace_values(traced, out_shape, example, reason, exc)
+def trace(traced: Traceable, *, out_shape: Any, examples: Callable[[], Iterable[Example]]) -> Trace:
+    """Trace a callable: on fake tensors, or else on `examples()`, or by the caller's `out_shape`."""
+    (found, mode, failure), drawn = drawn_from(lambda: _on_fake(traced))
+    first = mode.failure
+    if found is not None and drawn:
+        several = _on_other_numbers(traced, out_shape, _with_draws(traced, found, drawn))
+        if several is not None:
+            return several
+    if found is None or drawn or (first is not None and (first.reads_values or first.makes_shapes)):  # and caught that
+        return _on_examples(traced, out_shape, examples(), failure, first)
     if out_shape is not None:
-        _compare(declared(out_shape), (found.treedef, found.leaves), traced.name)
+        compare(declared(out_shape), found.output, traced.name)
+    grad_mode = True
     if "recurrent" in found.fused_kernels:  # oneDNN's are faster where no gradients are recorded
-        return replace(found, grad_mode=not _is_same_without_gradients(traced, found))
-    return found
+        grad_mode = not _is_same_without_gradients(traced, found)
+    steady = found.checkpoints == "none" and (not found.random or can_draw(traced.device))
+    return _traced(found, watched=mode.read_captured, grad_mode=grad_mode, steady=steady)
 
 
-def _trace_values(
-    traced: Traceable,
-    out_shape: Any,
-    example: Callable[[], list[torch.Tensor] | None],
-    reason: str,
-    cause: Exception,
+def _traced(found: Observation, **others: Any) -> Trace:
+    return Trace(**{field.name: getattr(found, field.name) for field in fields(found)} | others)
+
+
+# --- on fake tensors -----------------------------------------------------------------------------
+
+
+Fake = tuple[Observation | None, KnownConstants, Exception | None]
+"""What fake tensors show, their mode, and what was raised."""
+
+
+def _on_fake(traced: Traceable, *, grad_mode: bool = True, answers: Sequence[Any] = ()) -> Fake:
+    with fake_mode(answers) as mode:
+        try:
+            operands = [torch.empty(shape, dtype=dtype, device=traced.device) for shape, dtype in traced.specs]
+            return observe(traced, operands, mode, grad_mode=grad_mode), mode, None
+        except TorchCallError:
+            raise
+        except Exception as exc:
+            return None, mode, exc
+
+
+def _with_draws(traced: Traceable, found: Observation, drawn: frozenset[str]) -> Observation:
+    """What was found, with what it draws from beside torch's generators."""
+    if drawn and not traced.has_key:
+        raise refuse_host_draws(traced.name, drawn, traced.key_remedy)
+    return replace(found, host_random=drawn)
+
+
+def _on_other_numbers(traced: Traceable, out_shape: Any, found: Observation) -> Trace | None:
+    """What several runs show of a callable that may do other things for other numbers of Python's and NumPy's; None
+    if some of them read values."""
+    every = [found]
+    for seed in range(_SEEDS):
+        with host_generators_seeded((seed,)):
+            other, *_ = _on_fake(traced)
+        if other is None:
+            return None
+        every.append(other)
+    output = found.output if out_shape is None else declared(out_shape)
+    if out_shape is None and any(other.output != found.output for other in every):
+        raise TorchCallError(
+            f"{traced.name} returns other shapes for other numbers of {' and '.join(sorted(found.host_random))}.\nPass "
+            "`out_shape=` (a pytree of jax.ShapeDtypeStruct like the output), and return a padded array and a mask."
+        )
+    return _together(traced, every, output, leaves_torch=False)
+
+
+_SEEDS = 4
+
+
+def _is_same_without_gradients(traced: Traceable, found: Observation) -> bool:
+    """Whether the callable does the same in torch's no_grad mode, as far as a trace tells."""
+    try:
+        other, _, _ = _on_fake(traced, grad_mode=False)
+    except TorchCallError:
+        return False
+    return other is not None and _apart_from_operations(other) == _apart_from_operations(found)
+
+
+def _apart_from_operations(found: Observation) -> dict[str, Any]:
+    return {field.name: getattr(found, field.name) for field in fields(found) if field.compare and field.name != "operations"}
+
+
+# --- on values -----------------------------------------------------------------------------------
+
+
+def _on_examples(
+    traced: Traceable, out_shape: Any, examples: Iterable[Example], failure: Exception | None, first: Failure | None
 ) -> Trace:
-    """What is known of a callable that fake tensors cannot go through: it may do whatever values make it do."""
-    anything = Trace(
-        *declared(() if out_shape is None else out_shape),
+    """What example values show of a callable that fake tensors do not get through: what it raised, and what an op."""
+    output = None if out_shape is None else declared(out_shape)
+    found, refusals, shown = _observations(traced, examples, failure, output)
+    if not found and refusals and (output is None or isinstance(refusals[0], TorchCallError)):
+        error = _failed(traced, refusals[0])
+        raise error from (None if error is refusals[0] else refusals[0])
+    if shown is None:
+        raise TorchCallError(
+            f"{traced.name} {_reason(first)}, so the shapes of its outputs cannot be inferred without values.\n"
+            "Pass `out_shape=` (a pytree of jax.ShapeDtypeStruct like the output), or `example_args=` "
+            "(arguments to run it on once), or call it once outside jit, grad and vmap."
+        ) from failure
+    if not found:
+        return _anything(traced, shown)
+    is_steady = not (found[0].host_random or found[0].makes_shapes) and _goes_on_with(traced, found[0].reads)
+    return _together(traced, found, shown, leaves_torch=_leaves_torch(failure, first), steady=is_steady)
+
+
+def _goes_on_with(traced: Traceable, reads: Sequence[Any]) -> bool:
+    """Whether fake tensors get through the callable once they are told the values that it reads."""
+    if not 0 < len(reads) < _MOST_READS:
+        return False
+    try:
+        found, *_ = _on_fake(traced, answers=reads)
+    except TorchCallError:
+        return False
+    return found is not None
+
+
+_MOST_READS = 1000
+
+
+def _together(
+    traced: Traceable, found: Sequence[Observation], output: Output, *, leaves_torch: bool, steady: bool = False
+) -> Trace:
+    """What several runs did, of which another may do other things."""
+    state = {i for one in found for i in one.state}
+    observed = frozenset().union(*(one.fused_kernels for one in found))
+    return Trace(
+        *output,
+        mutated=frozenset().union(*(one.mutated for one in found)),
+        state=tuple(i for i in traced.state_operands if i in state),
+        restored=frozenset(),
+        fused_kernels=observed | (kernels.ALL - kernels.UNRECORDED),
+        operations=max(one.operations for one in found),
+        random=traced.has_key,
+        captures=True,
+        checkpoints=max((one.checkpoints for one in found), key=("none", "kept", "reentrant").index),
+        differentiates=any(one.differentiates for one in found),
+        makes_shapes=any(one.makes_shapes for one in found),
+        leaves_torch=leaves_torch or any(one.leaves_torch for one in found),
+        reads=found[0].reads,
+        host_random=frozenset().union(*(one.host_random for one in found)),
+        fakeable=False,
+        watched=True,
+        steady=steady and not any(one.random for one in found),
+    )
+
+
+def _anything(traced: Traceable, output: Output) -> Trace:
+    """What a callable may do that was never seen to run."""
+    return Trace(
+        *output,
         mutated=frozenset(range(len(traced.specs))),
         state=traced.state_operands,
+        restored=frozenset(),
         fused_kernels=kernels.ALL,
         operations=math.inf,
         random=traced.has_key,
+        captures=True,
+        checkpoints="none",
+        makes_shapes=True,
+        leaves_torch=True,
+        reads=(),
         fakeable=False,
+        watched=True,
+        steady=False,
     )
-    if out_shape is not None:
-        return anything
-    operands = example()
-    if operands is None and not _depends_on_values(cause):
-        operands = [torch.zeros(s, dtype=d) for s, d in traced.specs]  # shapes alone decide what it does
-    if operands is None:
-        raise TorchCallError(
-            f"{traced.name} {reason}, so the shapes of its outputs cannot be inferred without values.\n"
-            "Pass `out_shape=` (a pytree of jax.ShapeDtypeStruct like the output), or `example_args=` "
-            "(arguments to run it on once), or call it once outside jit, grad and vmap."
-        ) from cause
-    try:
-        eager = kernels.plain_kernels(frozenset({kernels.COMPILED}))
-        with torch.inference_mode(False), torch.no_grad(), kernels.differentiable_path(), eager:
-            found = _observe(traced, operands)
-    except TorchCallError:
-        raise
-    except Exception as exc:
-        raise TorchCallError(
-            f"{traced.name} {reason}, and running it on example values failed.\ntorch said: {quote(exc)}\n"
-            "Pass `out_shape=` (a pytree of jax.ShapeDtypeStruct like the output)."
-        ) from exc
-    known = ("treedef", "leaves", "checkpoints", "differentiates", "operations")
-    return replace(anything, **{name: getattr(found, name) for name in known})
 
 
-def _depends_on_values(exc: Exception) -> bool:
-    """Whether values, not shapes alone, may decide what a callable returns that raised this on fake tensors."""
-    if not isinstance(exc, _DATA_DEPENDENT):
-        return False
-    # torch declares the shape of ctc_loss's intermediate dynamic; its outputs' shapes are not. Lengths of packed
-    # sequences are static as a rule; those that are operands are refused as zeros.
-    if any(op in str(exc.func) for op in ("_ctc_loss", "_pack_padded_sequence")):
-        return False
-    return not _is_of_batchnorm(exc)  # with momentum=None it reads its number of batches as a factor
+def _observations(
+    traced: Traceable, examples: Iterable[Example], failure: Exception | None, output: Output | None
+) -> tuple[list[Observation], list[Exception], Output | None]:
+    """What runs on examples do, as many as it takes, what they raise, and the output that they show, if they agree.
+
+    Real arguments are one. Of made ones two that give the same are enough, unless shapes are seen to depend on values;
+    those that fail tell nothing. Where it matters which state changes for other values, all of them are tried.
+    """
+    found: list[Observation] = []
+    refusals: list[Exception] = []
+    is_settled = output is not None
+    for example in examples:
+        try:
+            found.append(_on_values(traced, example))
+        except Exception as exc:
+            refusals.append(exc)
+            is_verdict = example.is_given and (isinstance(exc, TorchCallError) or not is_settled)
+            if is_verdict or (failure is not None and quote(exc) == quote(failure)):  # whatever the values are
+                break
+            continue
+        if example.is_given and not is_settled:
+            output, is_settled = found[0].output, True
+        is_enough = is_settled or (len(found) == 2 and not found[0].makes_shapes)
+        if is_enough and not (traced.explores and found[0].operations <= SMALL):
+            break
+    if not is_settled and found and all(one.output == found[0].output for one in found):
+        output = found[0].output
+    return found, refusals, output
+
+
+def _on_values(traced: Traceable, example: Example) -> Observation:
+    eager = kernels.plain_kernels(frozenset({kernels.COMPILED}))
+    with torch.inference_mode(False), torch.no_grad(), kernels.differentiable_path(), eager:
+        found, drawn = drawn_from(lambda: observe(traced, [x.to(traced.device) for x in example.operands()]))
+    return _with_draws(traced, found, drawn)
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+def _failed(traced: Traceable, exc: Exception) -> TorchCallError:
+    """The error for a callable that torch refuses."""
+    if isinstance(exc, TorchCallError):
+        return exc
+    shown = signature_text(traced.operand_names, traced.specs)
+    hint = _WANTS_BATCH if isinstance(exc, ValueError) and _is_of_batchnorm(exc) else ""
+    return TorchCallError(f"{traced.name} failed on operands {shown}.\ntorch said: {quote(exc)}{hint}")
 
 
 def _is_of_batchnorm(exc: Exception) -> bool:
@@ -171,233 +271,24 @@ _WANTS_BATCH = (
 )
 
 
-def _why_not_fakeable(exc: Exception) -> str | None:
-    """Why fake tensors cannot go through the callable; None if it would fail on real ones as well."""
-    if isinstance(exc, fake_tensor.DataDependentOutputException):
-        return f"reads values of its operands ({exc.func}, as `.item()`, `bool(...)` and `.tolist()` do)"
-    if isinstance(exc, fake_tensor.DynamicOutputShapeException):
-        return f"makes a tensor whose shape depends on values ({exc.func})"
-    if isinstance(exc, _NO_FAKE_KERNEL):
-        return f"uses an op without a shape rule ({exc})"
-    if isinstance(exc, RuntimeError) and ".numpy() is not supported for tensor subclasses" in str(exc):
-        return "leaves torch with `.numpy()`"
-    if isinstance(exc, RuntimeError) and "its data is not allocated yet" in str(exc):
-        return "reads or writes memory past torch's dispatcher, as some C++ kernels do (`pad_packed_sequence`)"
-    return None
+def _leaves_torch(failure: Exception | None, first: Failure | None) -> bool:
+    """Whether fake tensors show that the callable reads or writes memory past torch's dispatcher."""
+    said = f"{failure} {'' if first is None else first.words}"
+    return any(words in said for words in _PAST_THE_DISPATCHER)
 
 
-def _observe_fake(traced: Traceable, *, grad_mode: bool) -> Trace:
-    with fake_mode():
-        return _observe(traced, [torch.empty(s, dtype=d) for s, d in traced.specs], grad_mode=grad_mode)
+_PAST_THE_DISPATCHER = (
+    ".numpy() is not supported for tensor subclasses",
+    "its data is not allocated yet",
+    "Cannot access data pointer of Tensor",
+    "with unallocated storage",
+)
 
 
-def _is_same_without_gradients(traced: Traceable, found: Trace) -> bool:
-    """Whether the callable does the same in torch's no_grad mode, as far as a trace tells."""
-    try:
-        other = _observe_fake(traced, grad_mode=False)
-    except Exception:  # it takes gradients itself
-        return False
-    return replace(other, operations=found.operations) == found
-
-
-def _observe(traced: Traceable, operands: list[torch.Tensor], *, grad_mode: bool = True) -> Trace:
-    """Run once, and again with parameters that require gradients if that may change something."""
-    if not traced.trainable:
-        return _observe_once(traced, operands, grad_mode=grad_mode)
-    is_fake = active_fake_mode() is not None
-    spare = [] if is_fake else [x.clone() for x in operands]
-    found, asking = None, Asked()
-    try:
-        with asking:
-            found = _observe_once(traced, operands, grad_mode=grad_mode)
-        if not asking.asked:
-            return found
-    except Exception as exc:
-        if not (asking.asked or wants_gradients(exc)):
-            raise
-    spare = spare or [torch.empty(s, dtype=d) for s, d in traced.specs]
-    for i in traced.trainable:
-        spare[i].requires_grad_(spare[i].is_floating_point() or spare[i].is_complex())
-    try:
-        other = _observe_once(traced, spare, grad_mode=grad_mode)
-    except Exception:
-        if found is None:
-            raise
-        return found  # as it is where gradients are off, which is all that it can do
-    if found is not None and found.steps == other.steps and replace(other, operations=found.operations) == found:
-        return found
-    return replace(other, differentiates=True)
-
-
-def _observe_once(traced: Traceable, operands: list[torch.Tensor], *, grad_mode: bool) -> Trace:
-    """Run once, watching for writes into operands, random ops and tensors that stay behind. Empties `operands`."""
-    name = traced.name
-    storages = [StorageWeakRef(x.untyped_storage()) for x in operands]
-    observer = _Observer(name, storages, None if traced.has_key else traced.key_remedy, traced.foreign)
-    with observer, torch.set_grad_enabled(grad_mode):
-        output, after = observer.watch(traced.function, operands)
-        treedef, leaves = _describe(output, name)
-        state = {i: x for i, x in zip(traced.state_operands, after, strict=True) if x is not operands[i]}
-        _check_state(traced, state)
-    observer.mutated |= {  # by `tensor.data = ...`
-        i for i, (x, s) in enumerate(zip(operands, storages, strict=True)) if storage_of(x) != s.cdata
-    }
-    changed = tuple(i for i in traced.state_operands if i in state or i in observer.mutated)
-    del output, after, state
-    operands.clear()
-    if not all(s.expired() for s in storages):
-        gc.collect()  # reference cycles are not escapes
-    escaped = [n for n, s in zip(traced.operand_names, storages, strict=True) if not s.expired()]
-    if escaped:
-        raise TorchCallError(
-            f"{name} keeps argument {', '.join(escaped)} (or a view of it) after it returns: a closure, a global, a "
-            "hook or an attribute still holds the tensor, whose memory belongs to XLA and is reused at once. Return "
-            "the tensor as an output, or store `tensor.clone()`."
-        )
-    return Trace(
-        treedef,
-        leaves,
-        mutated=frozenset(observer.mutated),
-        state=changed,
-        fused_kernels=frozenset(observer.fused_kernels),
-        operations=observer.operations,
-        random=observer.random,
-        checkpoints=observer.checkpoints,
-        steps=observer.steps,
-    )
-
-
-def _check_state(traced: Traceable, state: dict[int, Any]) -> None:
-    """A value that takes the place of another must be like it: programs and loops are compiled for one shape."""
-    for i, value in state.items():
-        shape, dtype = traced.specs[i]
-        if not isinstance(value, torch.Tensor) or (tuple(value.shape), value.dtype) != (shape, dtype):
-            given = signature_text(["it"], [(value.shape, value.dtype)]) if isinstance(value, torch.Tensor) else value
-            raise StateError(
-                f"{traced.name} replaces `{traced.operand_names[i]}` ({dtype}{list(shape)}) by {given}: state must "
-                "keep its shape and dtype. Allocate a buffer of the final size, and write into it."
-            )
-
-
-def _describe(output: Any, name: str) -> tuple[Any, tuple[Any, ...]]:
-    """The output's pytree, with an aval in the place of each tensor."""
-    leaves, treedef = flatten_registering(output, every_record=True)
-    described: list[Any] = []
-    for leaf, path in zip(leaves, leaf_names(output), strict=True):
-        if isinstance(leaf, torch.Tensor):
-            if leaf.layout != torch.strided or leaf.is_quantized:
-                raise TorchCallError(
-                    f"{name} returns a tensor of layout {leaf.layout} at output{path}; JAX has dense arrays only. "
-                    "Return `.to_dense()`."
-                )
-            described.append(Aval(tuple(leaf.shape), dtypes.canonical(leaf.dtype)))
-        elif isinstance(leaf, _STATIC_OUTPUTS):
-            described.append(leaf)
-        else:
-            raise TorchCallError(
-                f"{name} returns a {type(leaf).__module__}.{type(leaf).__qualname__} at output{path}: neither a "
-                "tensor, nor a pytree of tensors, nor a static value (None, bool, number, str, dtype). Return its "
-                "tensors, or register its class with jax.tree_util.register_pytree_node."
-            )
-    return treedef, tuple(described)
-
-
-def declared(out_shape: Any) -> tuple[Any, tuple[Any, ...]]:
-    """The caller's `out_shape` as tree and leaves."""
-    leaves, treedef = flatten_registering(out_shape)
-    for leaf in leaves:
-        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
-            raise TypeError(
-                f"out_shape has a {type(leaf).__name__} leaf ({leaf!r}); give a pytree of jax.ShapeDtypeStruct."
-            )
-    return treedef, tuple(Aval(tuple(x.shape), jax.dtypes.canonicalize_dtype(x.dtype)) for x in leaves)
-
-
-def _compare(expected: tuple[Any, Any], found: tuple[Any, Any], name: str) -> None:
-    if expected != found:
-        raise TorchCallError(
-            f"{name}: out_shape says {_render(*expected)}, but the torch callable returns {_render(*found)}. "
-            "Correct out_shape, or leave it out: these shapes can be inferred."
-        )
-
-
-def _render(treedef: Any, leaves: Sequence[Any]) -> str:
-    def short(leaf: Any) -> str:
-        return f"{leaf.dtype}{list(leaf.shape)}" if isinstance(leaf, Aval) else repr(leaf)
-
-    return str(jax.tree.unflatten(treedef, [short(leaf) for leaf in leaves]))
-
-
-_OF_AUTOGRAD = (torch.ops.prim.device.default, torch.ops.aten.detach.default)
-"""Ops that torch runs where tensors require gradients, to record them."""
-
-
-class _Observer(TorchDispatchMode):
-    """Sees every op with its schema: which operands it writes into, whether it is random."""
-
-    def __init__(
-        self, name: str, storages: Sequence[StorageWeakRef], key_remedy: str | None, foreign: Mapping[int, str]
-    ):
-        super().__init__()
-        self.name, self._foreign = name, foreign
-        self._refused: ForeignTensorError | None = None
-        self.mutated: set[int] = set()
-        self.fused_kernels: set[str] = set()
-        self.operations = 0.0
-        self.random, self.steps = False, 0
-        self.checkpoints: Checkpoints = "none"
-        self._key_remedy = key_remedy  # None: there is a key
-        self._fake = active_fake_mode() is not None  # then what the callable makes is fake, and only that
-        self._operand_of = {s.cdata: i for i, s in enumerate(storages)}
-
-    def watch(self, function: Flat, operands: Sequence[torch.Tensor]) -> tuple[Any, Sequence[Any]]:
-        """What the function returns, unless an op read a foreign tensor: code may have caught that error."""
-        try:
-            result = function(*operands)
-        except Exception:
-            if self._refused is not None:
-                raise self._refused from None
-            raise
-        if self._refused is not None:
-            raise self._refused
-        return result
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        arguments = bound(func, args, kwargs)
-        for tensor in tensors_in(arguments) if self._foreign else ():
-            self._refuse_foreign(tensor)
-        self.fused_kernels |= kernels.fused_kernels(func.name(), arguments)
-        if draws(func, arguments):
-            if self._key_remedy is not None:
-                raise refuse(self.name, func, self._key_remedy)
-            self.random = True
-        if self.checkpoints == "none" and in_checkpoint():
-            self.checkpoints = "kept"
-        elif self.checkpoints != "reentrant" and not torch.is_grad_enabled() and in_reentrant_checkpoint():
-            self.checkpoints = "reentrant"
-        if func not in _OF_AUTOGRAD:
-            self.steps = hash((self.steps, func, *(x for x in args if isinstance(x, int | float))))
-        for tensor in written(func, arguments):
-            self._note_write(tensor)
-        output = func(*args, **kwargs)
-        self.operations += operations(func, args, kwargs, output)
-        return output
-
-    def _refuse_foreign(self, tensor: torch.Tensor) -> None:
-        what = None if isinstance(tensor, fake_tensor.FakeTensor) else self._foreign.get(storage_of(tensor))
-        if what is not None:
-            self._refused = ForeignTensorError(self.name, tensor, what)
-            raise self._refused
-
-    def _note_write(self, tensor: torch.Tensor) -> None:
-        operand = self._operand_of.get(storage_of(tensor))
-        if operand is not None:
-            self.mutated.add(operand)
-        elif self._fake and not isinstance(tensor, fake_tensor.FakeTensor | BatchSizes):
-            raise CapturedWriteError(
-                f"{self.name} writes into a tensor of shape {tuple(tensor.shape)} that is not an argument but "
-                "captured from outside, which a pure function must not. Pass it as an argument and return the "
-                "new value.",
-                tensor,
-            )
+def _reason(failure: Failure | None) -> str:
+    """Why fake tensors do not get through a callable whose shapes are not known."""
+    if failure is not None and failure.reads_values:
+        return f"reads values of its operands ({failure.op}, as `.item()`, `bool(...)` and `.tolist()` do)"
+    if failure is not None and failure.makes_shapes:
+        return f"makes a tensor whose shape depends on values ({failure.op})"
+    return "returns other shapes for other values"

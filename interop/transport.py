@@ -22,8 +22,10 @@ from jax.interpreters import mlir
 
 from . import dtypes, threads
 from .call import Aval, TorchCall
+from .handle_flow import flow_of
+from .handles import BY_PLACE
 from .once import Once
-from .program import is_complex, part_avals, program_of, run_program, wait_until_idle
+from .program import Program, is_complex, part_avals, program_of, run_program, uses_captured_tensors, wait_until_idle
 
 _TARGET = "torchleaf_call"
 
@@ -36,11 +38,12 @@ def lower(ctx: mlir.LoweringRuleContext, *operands: Any, call: TorchCall, repeat
     if repeats:
         ctx.module_context.add_keepalive(call)
     platforms = set(ctx.module_context.platforms)
-    carry = _ffi_call if platforms <= _registered_platforms() else _host_call
-    carry = functools.partial(carry, repeats=repeats)
-    if "cuda" in platforms:
-        carry = functools.partial(_without_graph, carry)
-    return mlir.lower_fun(functools.partial(carry, call), multiple_results=True)(ctx, *operands)
+    if platforms <= _registered_platforms():
+        flow = flow_of(ctx.module_context) if repeats and platforms & BY_PLACE else None
+        carry = functools.partial(_ffi_call, call, program_of(call, repeats=repeats, flow=flow))
+    else:
+        carry = functools.partial(_host_call, call, program_of(call, repeats=repeats))
+    return mlir.lower_fun(carry, multiple_results=True)(ctx, *operands)
 
 
 class _Forks:
@@ -68,31 +71,30 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_Forks.note)
 
 
-def _without_graph(carry: Any, call: TorchCall, *operands: jax.Array) -> list[jax.Array]:
-    """On a GPU a graph's handle would lie in device memory and reading it would synchronise: recompute instead."""
-    plain = call.graphless()
-    if plain is None:
-        return carry(call, *operands)
-    inner, kept = plain
-    inner.prepare()
-    handle = [jnp.zeros(aval.shape, aval.dtype) for aval in call.out_avals[len(inner.out_avals) :]]
-    return [*carry(inner, *(operands[i] for i in kept)), *handle]
-
-
 # --- XLA FFI -----------------------------------------------------------------------------------
 
 
-def _ffi_call(call: TorchCall, *operands: jax.Array, repeats: bool) -> list[jax.Array]:
+def _ffi_call(call: TorchCall, program: Program, *operands: jax.Array) -> list[jax.Array]:
     target = jax.ffi.ffi_call(_TARGET, part_avals(call.out_avals))
-    number = np.int64(program_of(call, repeats=repeats).number)
-    return _join(call.out_avals, target(*_parts(operands), number=number))
+    return _join(call.out_avals, target(*_parts(operands), number=np.int64(program.number)))
 
 
 def _run_on_cuda(number: int, stream: int, *buffers: torch.Tensor) -> None:
     """Run on XLA's stream and device, without synchronising either."""
     device = buffers[0].device
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.ExternalStream(stream, device=device)):
+    xla, users = _stream(stream, device), torch.cuda.current_stream(device)
+    captures = uses_captured_tensors(number)
+    if captures:  # which may still be written on the user's stream, or will be
+        xla.wait_stream(users)
+    with torch.cuda.stream(xla):  # and its device
         run_program(number, *buffers)
+    if captures:
+        users.wait_stream(xla)
+
+
+@functools.cache
+def _stream(stream: int, device: torch.device) -> torch.cuda.ExternalStream:
+    return torch.cuda.ExternalStream(stream, device=device)
 
 
 @Once
@@ -142,14 +144,14 @@ def _warn_about_callback(platform: str) -> None:
     )
 
 
-def _host_call(call: TorchCall, *operands: jax.Array, repeats: bool) -> list[jax.Array]:
+def _host_call(call: TorchCall, program: Program, *operands: jax.Array) -> list[jax.Array]:
     _warn_about_callback(jax.default_backend())
-    result_avals, number = tuple(part_avals(call.out_avals)), program_of(call, repeats=repeats).number
+    result_avals = tuple(part_avals(call.out_avals))
 
     def host(*arrays: Any) -> tuple[np.ndarray, ...]:
         tensors = [_from_numpy(np.asarray(a)) for a in arrays]
         results = [torch.empty(a.shape, dtype=dtypes.to_torch_dtype(a.dtype)) for a in result_avals]
-        run_program(number, *tensors, *results)
+        run_program(program.number, *tensors, *results)
         return tuple(_to_numpy(t, a.dtype) for t, a in zip(results, result_avals, strict=True))
 
     return _join(call.out_avals, jax.pure_callback(host, result_avals, *_parts(operands)))

@@ -10,7 +10,7 @@ from typing import Any
 
 from .findings import Check, Finding
 
-_PACKAGES = ("torchleaf", "jax", "jaxlib", "torch", "equinox", "jaxtyping", "jax-tvm-ffi", "flax")
+_PACKAGES = ("torchleaf", "jax", "jaxlib", "torch", "equinox", "jaxtyping", "numpy", "jax-tvm-ffi", "flax")
 _OPTIONAL = {
     "jax-tvm-ffi": "Torch calls cost more without it, see 'torch calls' below.",
     "flax": "Only Flax modules need it: `pip install flax`.",
@@ -50,14 +50,20 @@ class Versions(Check):
             return Finding(name, "not installed", "note", _OPTIONAL[name])
         if version is None:
             return Finding(name, "not installed", "broken", remedy)
-        if not within(version, asked):
+        if not within(version, asked, above=True):
             return Finding(name, f"{version}, but torchleaf needs {asked}", "broken", remedy)
+        if not within(version, asked):
+            remedy = f"If something goes wrong, report it, and take one that was tried: {remedy}"
+            return Finding(name, f"{version}, newer than what torchleaf was tried with ({asked})", "note", remedy)
         return Finding(name, f"{version} ({asked})" if asked else version)
 
 
-def within(version: str, asked: str) -> bool:
-    """Whether a version is in a range. Only release numbers count: 2.13.0+cpu is 2.13, and so is 2.13.0rc1."""
-    parts = re.findall(r"([<>=!~]+)\s*([\d.]+)", asked)
+def within(version: str, asked: str, *, above: bool = False) -> bool:
+    """Whether a version is in a range, or (`above`) in it or above it.
+
+    Only release numbers count: 2.13.0+cpu is 2.13, and so is 2.13.0rc1.
+    """
+    parts = [part for part in re.findall(r"([<>=!~]+)\s*([\d.]+)", asked) if not (above and "<" in part[0])]
     return all(_OPERATORS[compare](_release(version), _release(bound)) for compare, bound in parts)
 
 
@@ -77,8 +83,9 @@ def _version(name: str) -> str | None:
 
 
 def _ranges() -> dict[str, str]:
-    """What is asked for without extras. An environment marker says where a package exists at all."""
-    required = [r.partition(";")[0] for r in metadata.requires("torchleaf") or () if "extra ==" not in r]
+    """What is asked for without extras, and Flax. An environment marker says where a package exists at all."""
+    every = metadata.requires("torchleaf") or ()
+    required = [r.partition(";")[0] for r in every if "extra ==" not in r or re.search("extra == .flax.", r)]
     names = [re.split(r"[^\w.-]", r)[0] for r in required]
     ranges = {name: r.removeprefix(name).strip() for name, r in zip(names, required, strict=True)}
     return {"python": metadata.metadata("torchleaf")["Requires-Python"], **ranges}

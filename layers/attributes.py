@@ -1,12 +1,9 @@
-"""A module's plain attributes around a forward pass: which it assigns, which are state, all put back after it.
+"""A module's plain attributes around a forward pass: which it changes, which are state, all put back after it.
 
-Those of plain objects that it holds count as its own: a cache is often one.
+Those of plain objects that it holds count as its own, and so do the items of containers: a cache is often one.
 """
 
-import contextlib
-import copy
-import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,121 +11,206 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..interop.aten import storage_of
+from ..interop.host_random import is_generator, is_same_state, set_state, state_of
+from ..interop.memory import has_storage, storage_of
+from .plain_objects import CONTAINERS, held_by, own_attributes, tensors_of
 from .scripted import ScriptSlots
 
 _ABSENT = object()
-Values = list[tuple[dict[str, Any], str, Any]]
 
 
 @dataclass(frozen=True)
 class Change:
     """An attribute that a forward pass changed."""
 
-    path: str
-    """Its module, as a dotted prefix."""
     name: str
+    """Its dotted name."""
+    place: int
+    """The number of the place in which it is."""
     is_state: bool
     """Whether a later call could see the change, so that dropping it would give other results."""
 
 
-@contextlib.contextmanager
-def attribute_changes(module: torch.nn.Module) -> Iterator[list[Change]]:
-    """Notes each attribute that changes meanwhile, and puts all back."""
-    changes: list[Change] = []
-    snapshots = [
-        snapshot
-        for path, submodule in module.named_modules()
-        for snapshot in _snapshots(f"{path}." if path else "", submodule)
-    ]
-    try:
-        yield changes
-    finally:
-        for snapshot in snapshots:
-            changes += snapshot.undo()
+Values = list[tuple["_Place", Any]]
+"""Places of attributes, each with what is in it."""
 
 
-def _snapshots(path: str, module: torch.nn.Module) -> Iterator["_Snapshot | _ScriptSnapshot"]:
-    yield _Snapshot(path, module, put_back_in_calls=True, ignored=set(_computed_by_hooks(module)))
+class Attributes:
+    """Where the attributes of a module are that is not running."""
+
+    def __init__(self, module: torch.nn.Module):
+        self._places = [
+            place
+            for path, submodule in module.named_modules()
+            for place in _places(f"{path}." if path else "", submodule)
+        ]
+        for number, place in enumerate(self._places):
+            place.number = number
+        self._tensors = [(name, tensor) for name, tensor in tensors_of(module) if not tensor.is_inference()]
+
+    def values(self, places: Iterable[int] | None = None) -> Values:
+        """What is in all places, or in those of these numbers, for `put_back`."""
+        chosen = self._places if places is None else [self._places[number] for number in places]
+        return [(place, place.items()) for place in chosen]
+
+    def versions(self) -> list[int]:
+        """How often tensors in attributes were written."""
+        return [tensor._version for _, tensor in self._tensors]
+
+    def written(self, versions: Sequence[int]) -> str | None:
+        """An attribute whose tensor has been written since then."""
+        present = zip(self._tensors, versions, strict=True)
+        return next((name for (name, tensor), version in present if tensor._version != version), None)
+
+
+def put_back(values: Values) -> list[Change]:
+    """Give attributes the values they had; those that had changed."""
+    return [change for place, items in values for change in place.put_back(items)]
+
+
+def _places(path: str, module: torch.nn.Module) -> Iterator["_Place"]:
+    yield _Namespace(path, vars(module), of_module=True, ignored=frozenset(_computed_by_hooks(module)))
     if isinstance(module, torch.jit.ScriptModule):
-        yield _ScriptSnapshot(path, module)
-    for name, owner in _objects(own_attributes(module)):
-        yield _Snapshot(f"{path}{name}.", owner, put_back_in_calls=False)
+        yield _Script(path, ScriptSlots(module))
+        return
+    yield _Container(path, "_modules", vars(module)["_modules"])
+    for name, value in held_by(own_attributes(module)):
+        if is_generator(value):
+            yield _Generator(path, name, value)
+        elif isinstance(value, CONTAINERS):
+            yield _Container(path, name, value)
+        else:
+            yield _Namespace(f"{path}{name}.", vars(value), of_module=False)
 
 
-class _Snapshot:
-    """The attributes of one module or object, containers with their items."""
+class _Place:
+    """Something that attributes are in."""
 
-    def __init__(self, path: str, owner: Any, *, put_back_in_calls: bool, ignored: Iterable[str] = ()):
-        self._path, self._namespace = path, vars(owner)
-        self._put_back_in_calls, self._ignored = put_back_in_calls, ignored
-        self._values = dict(self._namespace)
-        self._items = {
-            name: copy.copy(value)
-            for name, value in self._values.items()
-            if type(value) in (list, dict, set) and name not in _BOOKKEEPING
-        }
+    number = 0
 
-    def undo(self) -> Iterator[Change]:
-        for name in sorted(self._namespace.keys() | self._values.keys()):
-            before, after = self._values.get(name, _ABSENT), self._namespace.get(name, _ABSENT)
-            if before is not after:
-                put_back([(self._namespace, name, before)])
-                is_state = isinstance(after, bool | int | float | str) or isinstance(before, torch.Tensor)
-                is_state |= not self._put_back_in_calls and isinstance(after, torch.Tensor)
-                if is_state or self._put_back_in_calls:
-                    yield Change(self._path, name, is_state and name not in self._ignored)
-            elif name in self._items and not _same(before, self._items[name]):
-                shown = _first_difference(before, self._items[name]) if name == "_modules" else name
-                _refill(before, self._items[name])
-                yield Change(self._path, shown, is_state=True)
+    def items(self) -> Any:
+        """What is in it, to be put back."""
+        raise AssertionError("abstract")
+
+    def put_back(self, items: Any) -> Iterable[Change]:
+        """Put what was in it back; what had changed."""
+        raise AssertionError("abstract")
 
 
-class _ScriptSnapshot:
-    """The attributes of a TorchScript module that are no weights; lists come out of it as new ones each time."""
+class _Namespace(_Place):
+    """The attributes of one module or object."""
 
-    def __init__(self, path: str, module: torch.jit.ScriptModule):
-        self._path, self._slots = path, ScriptSlots(module)
-        self._values = self._slots.unregistered()
+    def __init__(self, path: str, namespace: dict[str, Any], *, of_module: bool, ignored: frozenset[str] = frozenset()):
+        self._path, self._namespace, self._of_module, self._ignored = path, namespace, of_module, ignored
 
-    def undo(self) -> Iterator[Change]:
-        for name, after in self._slots.unregistered().items():
-            before = self._values[name]
-            same = before is after if isinstance(before, torch.Tensor) else repr(before) == repr(after)
-            if not same:
-                self._slots[name] = before
-                yield Change(self._path, name, is_state=True)
+    def items(self) -> dict[str, Any]:
+        return self._namespace.copy()
 
+    def put_back(self, items: dict[str, Any]) -> Iterable[Change]:
+        namespace = self._namespace
+        if len(items) == len(namespace) and all(map(_is, items.values(), namespace.values())):
+            return ()
+        names = sorted(items.keys() | namespace.keys())
+        found = [(name, items.get(name, _ABSENT), namespace.get(name, _ABSENT)) for name in names]
+        namespace.clear()
+        namespace.update(items)
+        changes = (self._change(*one) for one in found if one[1] is not one[2])
+        return [change for change in changes if change is not None]
 
-_OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
-_BOOKKEEPING = _OF_EVERY_MODULE - {"_modules"}
-
-
-def own_attributes(module: torch.nn.Module) -> dict[str, Any]:
-    """The attributes that not every module has."""
-    return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
-
-
-def _objects(namespace: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Plain objects in a namespace, in its containers and in their namespaces, by dotted name; each once."""
-    seen: set[int] = set()
-    waiting = list(namespace.items())
-    while waiting and len(seen) < _MOST_OBJECTS:
-        name, value = waiting.pop()
-        if id(value) in seen or isinstance(value, _NO_PLAIN_OBJECTS):
-            continue
-        seen.add(id(value))
-        if isinstance(value, dict):
-            waiting += [(name, item) for item in value.values()]
-        elif isinstance(value, list | tuple | set):
-            waiting += [(name, item) for item in value]
-        elif hasattr(value, "__dict__"):
-            yield name, value
-            waiting += [(f"{name}.{attribute}", item) for attribute, item in vars(value).items()]
+    def _change(self, name: str, before: Any, after: Any) -> Change | None:
+        if _is_equal(before, after):
+            return None
+        is_state = isinstance(after, bool | int | float | str) or isinstance(before, torch.Tensor)
+        is_state |= not self._of_module and isinstance(after, torch.Tensor)
+        if not (is_state or self._of_module):
+            return None
+        return Change(f"{self._path}{name}", self.number, is_state and name not in self._ignored)
 
 
-_MOST_OBJECTS = 10_000  # a dataset is no state of a forward pass
-_NO_PLAIN_OBJECTS = (torch.nn.Module, torch.Tensor, type, types.ModuleType, types.FunctionType, types.MethodType)
+class _Container(_Place):
+    """The items of one list, dict, set or deque."""
+
+    def __init__(self, path: str, name: str, container: Any):
+        self._path, self._name, self._container = path, name, container
+
+    def items(self) -> Any:
+        return self._container.copy()
+
+    def put_back(self, items: Any) -> Iterable[Change]:
+        container = self._container
+        if _same(container, items):
+            return ()
+        name = _first_difference(container, items) if self._name == "_modules" else self._name
+        is_state = not _adds_to_a_cache(items, container)
+        container.clear()
+        container.update(items) if isinstance(items, dict | set) else container.extend(items)
+        return (Change(f"{self._path}{name}", self.number, is_state),)
+
+
+class _Script(_Place):
+    """The attributes of a module of TorchScript that are no weights; lists come out of it as new ones each time."""
+
+    def __init__(self, path: str, slots: ScriptSlots):
+        self._path, self._slots = path, slots
+
+    def items(self) -> dict[str, Any]:
+        return self._slots.unregistered()
+
+    def put_back(self, items: dict[str, Any]) -> Iterable[Change]:
+        changed = [name for name, after in self.items().items() if not _is_as_before(items[name], after)]
+        for name in changed:
+            self._slots[name] = items[name]
+        return [Change(f"{self._path}{name}", self.number, is_state=True) for name in changed]
+
+
+def _is_as_before(before: Any, after: Any) -> bool:
+    return before is after if isinstance(before, torch.Tensor) else repr(before) == repr(after)
+
+
+class _Generator(_Place):
+    """The numbers that come next out of one of Python's or NumPy's generators."""
+
+    def __init__(self, path: str, name: str, generator: Any):
+        self._name, self._generator = f"{path}{name}", generator
+
+    def items(self) -> Any:
+        return state_of(self._generator)
+
+    def put_back(self, items: Any) -> Iterable[Change]:
+        if is_same_state(items, state_of(self._generator)):
+            return ()
+        set_state(self._generator, items)
+        return (Change(self._name, self.number, is_state=True),)
+
+
+def _is(a: Any, b: Any) -> bool:
+    return a is b
+
+
+def _is_equal(before: Any, after: Any) -> bool:
+    """Whether two plain values are the same."""
+    return type(before) is type(after) and isinstance(after, bool | int | float | str) and before == after
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two containers hold the very same items."""
+    if len(a) != len(b) or isinstance(a, set):
+        return a == b
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(map(_is, a.values(), b.values()))
+    return all(map(_is, a, b))
+
+
+def _adds_to_a_cache(before: Any, after: Any) -> bool:
+    """Whether a forward pass has added to a dict what it computed, so that every call may do so anew."""
+    if not isinstance(before, dict) or any(after.get(key, _ABSENT) is not value for key, value in before.items()):
+        return False
+    leaves = torch_pytree.tree_leaves([value for key, value in after.items() if key not in before])
+    return not any(isinstance(leaf, bool | int | float | str) for leaf in leaves)
+
+
+def _first_difference(a: dict[str, Any], b: dict[str, Any]) -> str:
+    return next(name for name in a | b if a.get(name) is not b.get(name))
 
 
 def _computed_by_hooks(module: torch.nn.Module) -> Iterator[str]:
@@ -139,59 +221,21 @@ def _computed_by_hooks(module: torch.nn.Module) -> Iterator[str]:
             yield name
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Whether two containers hold the very same items."""
-    if isinstance(a, set):
-        return a == b
-    keys_equal = list(a) == list(b) if isinstance(a, dict) else len(a) == len(b)
-    values = zip(a.values(), b.values(), strict=True) if isinstance(a, dict) else zip(a, b, strict=False)
-    return keys_equal and all(x is y for x, y in values)
-
-
-def _first_difference(a: dict[str, Any], b: dict[str, Any]) -> str:
-    return next(name for name in a | b if a.get(name) is not b.get(name))
-
-
-def _refill(container: Any, items: Any) -> None:
-    container.clear()
-    container.extend(items) if isinstance(container, list) else container.update(items)
-
-
-def attribute_values(module: torch.nn.Module, attributes: Iterable[tuple[str, str]]) -> Values:
-    """The present values of attributes given as (dotted prefix, name), for `put_back`."""
-    held = [(vars(_part(module, path)), name) for path, name in attributes]
-    return [(namespace, name, namespace.get(name, _ABSENT)) for namespace, name in held]
-
-
-def _part(module: torch.nn.Module, path: str) -> Any:
-    """A submodule by its dotted prefix; those of TorchScript have no `get_submodule`."""
-    part: Any = module
-    for name in path.split(".")[:-1]:
-        part = part._modules[name]
-    return part
-
-
-def put_back(values: Values) -> None:
-    """Give attributes the values they had."""
-    for namespace, name, value in values:
-        if value is _ABSENT:
-            namespace.pop(name, None)
-        else:
-            namespace[name] = value
-
-
 def stray_tensors(
     module: torch.nn.Module, *, aliasing: Sequence[torch.Tensor] = (), fake: bool = False
 ) -> Iterator[str]:
     """Attributes, by dotted name, that hold tensors sharing memory with `aliasing`, or fake tensors."""
-    storages = {storage_of(t) for t in aliasing}
+    storages = {storage_of(t) for t in aliasing if has_storage(t)}
+    for name, tensor in _all_tensors(module):
+        is_stray = fake and isinstance(tensor, FakeTensor)
+        if is_stray or (has_storage(tensor) and storage_of(tensor) in storages):
+            yield name
+
+
+def _all_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from tensors_of(module)
     for path, submodule in module.named_modules():
-        held = [*vars(submodule).items(), *submodule._buffers.items()]
-        for owner_name, owner in _objects(own_attributes(submodule)):
-            held += [(f"{owner_name}.{name}", value) for name, value in vars(owner).items()]
-        for name, value in held:
-            for leaf in torch_pytree.tree_leaves(value) if name != "_buffers" else ():
-                if isinstance(leaf, torch.Tensor) and (
-                    (fake and isinstance(leaf, FakeTensor)) or storage_of(leaf) in storages
-                ):
-                    yield f"{path}.{name}" if path else name
+        for held in (submodule._parameters, submodule._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    yield f"{path}.{name}" if path else name, tensor

@@ -15,9 +15,9 @@ import jax
 import torch
 
 from ..interop.arrays import leaves_to_jax
-from ..interop.aten import storage_of
 from ..interop.errors import StateError
 from ..interop.function import check_options
+from ..interop.memory import storage_of
 from ..interop.random import PASS_A_KEY
 from ..interop.signature import signature_of
 from .admission import check_module, computes_in_double

@@ -1,7 +1,8 @@
 """A method of a torch module as a JAX function of weights and arguments, and the changes of state it makes."""
 
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
@@ -12,9 +13,11 @@ from ..interop.arguments import Arguments, Filler
 from ..interop.call import Aval
 from ..interop.errors import CapturedWriteError, ForeignTensorError, RandomnessError, StateError, TorchCallError
 from ..interop.function import TorchFunction
+from ..interop.guard import changed, is_plain_run
 from ..interop.scope import current as current_scope
-from ..interop.trace import Flat, Trace
-from .attributes import attribute_changes, attribute_values, put_back, stray_tensors
+from ..interop.trace import Trace
+from ..interop.traceable import Flat
+from .attributes import Change, put_back, stray_tensors
 from .channels import to_flax_layout, to_torch_layout
 from .gradient_hooks import hooks_of
 from .originals import refuse_foreign
@@ -35,7 +38,8 @@ class ModuleFunction(TorchFunction):
         self.state_operands = tuple(i for i, name in enumerate(self._names) if module.specs[name].kind == "buffers")
         self.trainable_operands = tuple(i for i, n in enumerate(self._names) if module.specs[n].kind == "params")
         self.key_remedy, self.is_loose = module.key_remedy, bool(hooks_of(module.skeleton))
-        self._assigned: set[tuple[str, str]] = set()
+        self._assigned: set[int] = set()
+        self._changed_later: set[int] = set()  # state operands that runs have changed, unlike all observations
         name = module.name if method == "forward" else f"{module.name}.{method}"
         super().__init__(getattr(module.skeleton, method), name=name, **module.options)
 
@@ -58,40 +62,51 @@ class ModuleFunction(TorchFunction):
     def runner(self, fill: Filler, found: Trace, *, stateful: bool) -> Flat:
         n_weights, pool = len(self._names), self._pool
         kept, channels_last = found.state, self._module.channels_last
-        watched = () if found.fakeable or stateful else self.state_operands
+        places = None if found.watched else sorted(self._assigned)
 
         def run(*tensors: torch.Tensor) -> tuple[Any, Sequence[Any]]:
             weights = tensors[:n_weights]
-            versions = [weights[i]._version for i in watched]
             args, kwargs = fill(tensors[n_weights:])
             if channels_last:
                 args, kwargs = to_torch_layout((args, kwargs))
             scope = current_scope()
             loan = None if scope is None else scope.find(pool, weights)
+            if isinstance(loan, SkeletonLoan):
+                loan.empty()
             skeleton = loan.skeleton if isinstance(loan, SkeletonLoan) else pool.borrow()
-            before = attribute_values(skeleton.module, self._assigned) if self._assigned else []
+            before = skeleton.attributes.values(places) if places is None or places else []
+            versions = skeleton.attributes.versions() if found.watched else []
             skeleton.load(weights)
             try:
                 output = self._run(skeleton.module)(*args, **kwargs)
             finally:
                 replaced = skeleton.unload()
-                put_back(before)
-                if scope is None:
+                changes = put_back(before)
+                is_whole = not versions or skeleton.attributes.written(versions) is None
+                if scope is None and is_whole:
                     pool.give_back(skeleton)
-                elif loan is None:
-                    scope.add(SkeletonLoan(pool, skeleton, weights, before))
-                if scope is not None:
+                elif scope is not None:
+                    if loan is None:
+                        scope.add(SkeletonLoan(pool, skeleton, weights, before))
                     skeleton.load(weights)
+            if found.watched:
+                self._refuse_lost(changes, skeleton.attributes.written(versions))
             if channels_last:
                 output = to_flax_layout(output)
-            lost = replaced.keys() - kept
-            if watched:
-                lost |= {i for i, v in zip(watched, versions, strict=True) if weights[i]._version != v}
+            lost = replaced.keys() - kept - found.restored
+            if found.watched:
+                lost = {i for i in lost if is_plain_run(weights) and changed(weights[i], replaced[i])}
             if lost:
-                self._refuse_changes(lost)
+                self.refuse_write(lost, stateful=stateful)
             return output, [replaced.get(i, weights[i]) for i in kept]
 
         return run
+
+    def _refuse_lost(self, changes: Sequence[Change], written: str | None) -> None:
+        """Raise if one of the attributes that changed is state, or the tensor in one was written."""
+        attribute = next((change.name for change in changes if change.is_state), written)
+        if attribute is not None:
+            raise self._module.lost_attribute(self.name, attribute)
 
     def observer(self, fill: Filler) -> Flat:
         """Run once and learn which attributes are assigned."""
@@ -116,35 +131,31 @@ class ModuleFunction(TorchFunction):
     ) -> tuple[Any, list[Any]]:
         """The output, and what is in the place of each weight afterwards."""
         module, inputs = skeleton.module, [x for x in jax.tree.leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        with attribute_changes(module) as changes:
-            skeleton.load(weights)
-            try:
-                output = self._run(module)(*args, **kwargs)
-            except CapturedWriteError as exc:
-                skeleton.reset()
-                attribute = next(stray_tensors(module, aliasing=[exc.tensor]), None)
-                if attribute is None:  # a closure or a global holds it
-                    raise
-                raise self._module.lost_attribute(self.name, attribute) from exc
-            except RandomnessError as exc:
-                where = _innermost_submodule(module, exc)
-                raise RandomnessError(f"{exc} It was drawn in {where}.") if where else exc from None
-            replaced = skeleton.unload()
-            if not replaced.keys() <= {*self.state_operands}:
-                self._refuse_changes(replaced)
-            attribute = next(stray_tensors(module, aliasing=inputs), None)
-            if attribute is not None:
-                raise TorchCallError(
-                    f"{self.name} keeps an argument, or a view of it, in its attribute `{attribute}`, whose memory "
-                    "belongs to XLA and is reused at once. Return the tensor as an output, or store `tensor.clone()`."
-                )
-        for change in changes:
-            if change.is_state:
-                raise self._module.lost_attribute(self.name, f"{change.path}{change.name}")
-            self._assigned.add((change.path, change.name))
-        attribute = next(stray_tensors(module, fake=True), None)
+        before = skeleton.attributes.values()
+        skeleton.load(weights)
+        try:
+            output = self._run(module)(*args, **kwargs)
+        except CapturedWriteError as exc:
+            skeleton.reset()
+            attribute = next(stray_tensors(module, aliasing=[exc.tensor]), None)
+            if attribute is None:  # a closure or a global holds it
+                raise
+            raise self._module.lost_attribute(self.name, attribute) from exc
+        except RandomnessError as exc:
+            where = _innermost_submodule(module, exc)
+            raise RandomnessError(f"{exc} It was drawn in {where}.") if where else exc from None
+        replaced = skeleton.unload()
+        if not replaced.keys() <= {*self.state_operands}:
+            self._refuse_changes(replaced)
+        attribute = next(stray_tensors(module, aliasing=inputs), None)
         if attribute is not None:
-            raise self._module.lost_attribute(self.name, attribute)
+            raise TorchCallError(
+                f"{self.name} keeps an argument, or a view of it, in its attribute `{attribute}`, whose memory "
+                "belongs to XLA and is reused at once. Return the tensor as an output, or store `tensor.clone()`."
+            )
+        changes = put_back(before)
+        self._refuse_lost(changes, next(stray_tensors(module, fake=True), None))
+        self._assigned |= {change.place for change in changes}
         return output, [replaced.get(i, weight) for i, weight in enumerate(weights)]
 
     def _run(self, module: torch.nn.Module) -> Any:
@@ -172,9 +183,25 @@ class ModuleFunction(TorchFunction):
             given = [_DOUBLE.get(dtype, dtype) for dtype in given]
         return restored + given
 
-    def check(self, found: Trace, *, stateful: bool) -> None:
-        if found.state and found.fakeable and not stateful:
+    def check(self, found: Trace, *, stateful: bool) -> Trace:
+        if stateful:
+            state = {*found.state, *self._changed_later} if found.watched else found.state
+            return replace(found, state=tuple(sorted(state)))
+        if found.state and not found.watched:
             self._refuse_changes(found.state)
+        return replace(found, state=())  # values may lead past the change; it is refused when it happens
+
+    def refuse_write(self, operands: Collection[int], *, stateful: bool) -> NoReturn:
+        if not stateful:
+            self._refuse_changes(operands)
+        self._changed_later |= {*operands}
+        self._specialized.clear()  # what is traced from now on returns their values, too
+        names = ", ".join(f"`{self._names[i]}`" for i in sorted(operands))
+        raise StateError(
+            f"{self.name} changes buffer {names} for these values, but not for those that it was traced with, so that "
+            "this program has no place for the change. Call it again, which traces it anew: it is known now. (Under "
+            "jax.jit, call `jax.clear_caches()` before.)"
+        )
 
     def _refuse_changes(self, weights: Iterable[int]) -> NoReturn:
         names = ", ".join(f"`{self._names[i]}`" for i in sorted(weights))

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..interop.aten import storage_of
 from ..interop.errors import ForeignTensorError, TorchCallError
+from ..interop.memory import has_storage, storage_of
 from .places import StandIn
 
 
@@ -23,9 +23,9 @@ class Originals:
 
     def __init__(self, weights: Sequence[tuple[str, torch.Tensor]]):
         self._storages = {
-            address: (StorageWeakRef(tensor.untyped_storage()), name)
+            storage_of(tensor): (StorageWeakRef(tensor.untyped_storage()), name)
             for name, tensor in weights
-            if (address := storage_of(tensor))
+            if has_storage(tensor)
         }
 
     def add(self, other: "Originals") -> None:
@@ -107,4 +107,4 @@ def _has(value: Any, tensor: torch.Tensor) -> bool:
         return any(_has(x, tensor) for x in value.values())
     if isinstance(value, torch.nn.Module):
         return any(_has(x, tensor) for x in (*value.parameters(), *value.buffers()))
-    return isinstance(value, torch.Tensor) and storage_of(value) == storage_of(tensor) != 0
+    return isinstance(value, torch.Tensor) and has_storage(value) and storage_of(value) == storage_of(tensor)

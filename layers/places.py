@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..interop.aten import storage_of
+from ..interop.memory import has_storage, storage_of
 from .references import references
 
 
@@ -60,8 +60,8 @@ class StandIns:
         self._weights = {id(tensor): (name, tensor) for name, tensor in weights}
         self._by_storage: dict[int, list[tuple[str, torch.Tensor]]] = {}
         for name, tensor in weights:
-            self._by_storage.setdefault(storage_of(tensor), []).append((name, tensor))
-        self._by_storage.pop(0, None)
+            if has_storage(tensor):
+                self._by_storage.setdefault(storage_of(tensor), []).append((name, tensor))
         self.made: dict[torch.Tensor, StandIn] = {}
         self._known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -69,7 +69,7 @@ class StandIns:
         """What stands in for a tensor, if it has to do with weights."""
         if id(tensor) in self._known:
             return self._known[id(tensor)][1]
-        sharing = self._by_storage.get(storage_of(tensor), ())
+        sharing = self._by_storage.get(storage_of(tensor), ()) if has_storage(tensor) else ()
         computed = next(self._computed_from(tensor), None)
         aliases = (_alias(n, w, tensor, has_gradient=computed is not None) for n, w in sharing)
         alias = next((a for a in aliases if a is not None), None)

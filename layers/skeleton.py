@@ -2,15 +2,17 @@
 
 import collections
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from ..interop.scope import Loan
-from .attributes import Values, put_back
+from .attributes import Attributes, Values, put_back
 from .copying import Copier
 from .gradient_hooks import hooked, hooks_of
 from .places import Alias, Place, StandIn, scattered
+from .recurrent import join_weights
 from .scripted import ScriptSlots
 
 
@@ -56,6 +58,11 @@ class Skeleton:
             by_id = {id(meta): alias for meta, alias in (aliases or {}).items()}
             self._others, found = scattered(module, index, by_id)
             self._aliases = [(number_of[alias.weight], alias, meta, at, key) for alias, meta, at, key in found]
+
+    @cached_property
+    def attributes(self) -> Attributes:
+        """Its other attributes; to be asked for before it runs."""
+        return Attributes(self.module)
 
     def load(self, tensors: Sequence[torch.Tensor]) -> None:
         """Put tensors in the places of the weights, sorted by name."""
@@ -110,7 +117,7 @@ class SkeletonPool:
     ):
         self._shared = {t: t for t in (*(t for _, t in named_tensors(skeleton)), *(stand_ins or ()))}
         self._aliases = {meta: s.alias for meta, s in (stand_ins or {}).items() if s.alias is not None}
-        self._original = in_mode(Copier(skeleton, self._shared).copied(), training=training)
+        self._original = join_weights(in_mode(Copier(skeleton, self._shared).copied(), training=training))
         for part in self._original.modules():
             if isinstance(part, torch.nn.Embedding | torch.nn.EmbeddingBag):
                 part.sparse = False  # JAX's gradients are dense

@@ -35,6 +35,21 @@ def x64():
         yield
 
 
+HAS_REMAT3 = hasattr(jax.config, "jax_remat3")
+
+
+@pytest.fixture(params=["remat", "remat3"] if HAS_REMAT3 else ["remat"])
+def each_remat(request, monkeypatch):
+    """A test with each implementation of `jax.checkpoint` that this JAX has, also in processes that the test starts."""
+    monkeypatch.setenv("JAX_REMAT3", str(int(request.param == "remat3")))
+    before = getattr(jax.config, "jax_remat3", None)
+    if HAS_REMAT3:
+        jax.config.update("jax_remat3", request.param == "remat3")
+    yield
+    if HAS_REMAT3:
+        jax.config.update("jax_remat3", before)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _programs_of_one_file():
     """Compiled programs, and the torch calls that they keep alive, are gigabytes over the whole suite."""

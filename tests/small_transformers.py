@@ -1,5 +1,6 @@
 """Small models of transformers with random weights, and inputs for them."""
 
+import inspect
 import warnings
 from typing import Any
 
@@ -10,6 +11,8 @@ with warnings.catch_warnings():
     import transformers
 
 VOCABULARY = 50
+CACHE = "cache" if "cache" in inspect.signature(transformers.GPT2Model.forward).parameters else "past_key_values"
+"""The name of a cache, as argument and in outputs: transformers 5.24 has another one."""
 _SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
 
@@ -74,6 +77,11 @@ BUILDERS = {
     "Whisper": whisper,
     "wav2vec2": wav2vec2,
 }
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in a model's output."""
+    return output[CACHE]
 
 
 def token_ids(*shape: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from torchleaf.interop import probes
+from torchleaf.interop.cuda_libraries import CudaLibraries, _loaded
 from torchleaf.interop.doctor import doctor, examine
 from torchleaf.interop.environment import Backend, Cache, GpuMemory, Gpus, Settings, Threads
 from torchleaf.interop.findings import Finding, Report
@@ -29,6 +30,8 @@ GOOD = {
     "gpus": Gpus(2, 2, "", "", "13.0", True, "", "unset"),
     "memory not shared": GpuMemory(None, None, {}),
     "memory": GpuMemory(70 * GIB, 80 * GIB, {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}),
+    "no cuda libraries": CudaLibraries("", "", {}),
+    "cuda libraries": CudaLibraries("9.19.0", "2.28.9", {"cuDNN": ["/site/nvidia/cudnn/lib/libcudnn.so.9"]}),
     "threads": Threads(2, 2, "unset", "unset"),
     "settings": Settings(True, torch.float32, True),
     "no cache": Cache("", -1, True),
@@ -45,8 +48,21 @@ CALLBACK = dataclasses.replace(GOOD["transport"], platforms=frozenset(), shared=
 
 # What is wrong: facts, status of the worst finding, and what it must say.
 BAD = {
+    "two copies of cuDNN": (
+        CudaLibraries(
+            "9.19.0", "", {"cuDNN": ["/one/libcudnn.so.9", "/two/libcudnn.so.9"], "NCCL": ["/one/libnccl.so"]}
+        ),
+        "note",
+        ["9.19.0", "/one/libcudnn.so.9, /two/libcudnn.so.9", "LD_LIBRARY_PATH"],
+    ),
     "old jax": (Versions({"jax": "0.9.2"}, {"jax": ">=0.10"}), "broken", ["0.9.2", '`pip install -U "jax>=0.10"`']),
-    "new jax": (Versions({"jax": "0.12.0"}, {"jax": ">=0.10,<0.12"}), "broken", ["0.12.0", "<0.12"]),
+    "new jax": (
+        Versions({"jax": "0.13.0"}, {"jax": "<0.13,>=0.10"}),
+        "note",
+        ["0.13.0, newer than what torchleaf was tried with", "report it", '`pip install -U "jax<0.13,>=0.10"`'],
+    ),
+    "old jax with a bound": (Versions({"jax": "0.9.2"}, {"jax": "<0.13,>=0.10"}), "broken", ["needs <0.13,>=0.10"]),
+    "new flax": (Versions({"flax": "0.13.1"}, {"flax": "<0.13,>=0.12"}), "note", ["0.13.1, newer than"]),
     "old python": (Versions({"python": "3.10.4"}, {"python": ">=3.11"}), "broken", ["Use a Python >=3.11"]),
     "no torch": (Versions({"torch": None}, {"torch": ">=2.11"}), "broken", ["not installed", "torch>=2.11"]),
     "no flax": (Versions({"flax": None}, {}), "note", ["not installed", "pip install flax"]),
@@ -94,7 +110,8 @@ def test_all_is_well(name):
     findings = GOOD[name].findings()
     assert [f.status for f in findings] == ["ok"] * len(findings)
     assert not any(f.remedy for f in findings)
-    assert bool(findings) == (name != "memory not shared")  # a machine without a GPU is not told about its memory
+    # A machine without a GPU is not told about its memory and its libraries.
+    assert bool(findings) == (name not in ("memory not shared", "no cuda libraries"))
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -112,12 +129,20 @@ def test_ranges_are_those_of_packaging(version, asked):
     assert within(version, asked) == SpecifierSet(asked).contains(version)
 
 
+@pytest.mark.parametrize("version", ["0.9.9", "0.10", "0.12.9", "0.13", "2.0"])
+def test_upper_bounds_are_left_out(version):
+    for asked in (">=0.10,<0.13", "<=0.12,>=0.10", "<0.13"):
+        lower = ",".join(part for part in asked.split(",") if part[0] != "<")
+        assert within(version, asked, above=True) == SpecifierSet(lower).contains(version)
+
+
 # --- the facts are true ---------------------------------------------------------------------------
 
 
 def test_versions_are_what_pyproject_promises():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    promised = {r.name: r.specifier for r in map(Requirement, project["dependencies"])}
+    asked = [*project["dependencies"], *project["optional-dependencies"]["flax"]]
+    promised = {r.name: r.specifier for r in map(Requirement, asked)}
     gathered = Versions.gather()
     assert {name: SpecifierSet(text) for name, text in gathered.ranges.items()} == {
         "python": SpecifierSet(project["requires-python"]),
@@ -126,6 +151,8 @@ def test_versions_are_what_pyproject_promises():
     assert gathered.installed["jax"] == jax.__version__
     assert gathered.installed["torch"] == torch.__version__
     assert gathered.ranges.keys() <= gathered.installed.keys()
+    for name in promised:
+        assert within(gathered.installed[name], str(promised[name])), name
 
 
 def test_threads(monkeypatch):
@@ -198,6 +225,17 @@ def test_gpu_memory(monkeypatch, shared):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu" if shared else "cpu")
     values = [f.value for f in GpuMemory.gather().findings()]
     assert values == ["JAX takes 50% at its start; 30.0 of 80.0 GiB are free"] * shared
+
+
+def test_loaded_libraries_are_read_off_the_memory_map(tmp_path):
+    maps = tmp_path / "maps"
+    maps.write_text(
+        "7f00-7f01 r--p 00000000 00:00 1 /a/libcudnn.so.9\n7f01-7f02 r-xp 00000000 00:00 1 /a/libcudnn.so.9\n"
+        "7f02-7f03 r--p 00000000 00:00 2 /a/libcudnn_graph.so.9\n7f03-7f04 rw-p 00000000 00:00 0\n"
+        "7f04-7f05 r--p 00000000 00:00 3 /b/libnccl.so.2\n"
+    )
+    assert _loaded(maps) == {"cuDNN": ["/a/libcudnn.so.9"], "NCCL": ["/b/libnccl.so.2"]}
+    assert _loaded(tmp_path / "absent") == {}
 
 
 def test_a_compiled_call_sees_the_buffer():

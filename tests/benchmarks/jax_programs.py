@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import place
 import torch
 from cases import Case, Task
 from steps import Step
@@ -25,10 +26,11 @@ def step(case: Case, task: Task, wrap: Wrap, hessian: Hessian = jax.hessian) -> 
     """`hessian` is the contender's way to second derivatives, where `jax.hessian` is not."""
     inputs, target = case.data()
     function = jax.jit(_program(case, task, wrap(case, case.module()), hessian))
-    args = (_params(case), jnp.array(target), *map(jnp.array, inputs))
+    args = (_params(case), *map(place.array, (target, *inputs)))
     return Step(
-        lambda: jax.block_until_ready(function(*args)),
-        lambda result: {name: np.asarray(x) for name, x in result.items()},
+        lambda: function(*args),
+        jax.block_until_ready,
+        lambda result: {name: place.numbers(x) for name, x in result.items()},
     )
 
 
@@ -36,8 +38,8 @@ def _params(case: Case) -> Params:
     modules = case.members() if case.kind == "ensemble" else [case.module()]
     weights = [{n: p.detach().numpy() for n, p in module.named_parameters()} for module in modules]
     if case.kind == "ensemble":
-        return {n: jnp.array(np.stack([member[n] for member in weights])) for n in weights[0]}
-    return {n: jnp.array(p) for n, p in weights[0].items()}
+        return {n: place.array(np.stack([member[n] for member in weights])) for n in weights[0]}
+    return {n: place.array(p) for n, p in weights[0].items()}
 
 
 def _program(case: Case, task: Task, apply: Apply, hessian: Hessian) -> Callable[..., dict[str, jax.Array]]:

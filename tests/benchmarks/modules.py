@@ -1,6 +1,7 @@
 """The torch modules of the cases. Each returns one tensor, which every contender can handle."""
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -73,17 +74,45 @@ class _Block(nn.Module):
         return torch.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
 
 
-class ResNet18(nn.Module):
-    """ResNet-18 for small images (He et al. 2016: 3 x 3 stem, no first pooling)."""
-
-    def __init__(self, classes: int):
+class _Bottleneck(nn.Module):
+    def __init__(self, before: int, after: int, stride: int):
         super().__init__()
-        widths, blocks = [64, 64, 128, 256, 512], []
-        for stage, (before, after) in enumerate(itertools.pairwise(widths)):
-            blocks += [_Block(before, after, 1 if stage == 0 else 2), _Block(after, after, 1)]
+        width = after // 4
+        self.narrow = nn.Sequential(nn.Conv2d(before, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.middle = nn.Sequential(
+            nn.Conv2d(width, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
+        self.widen = nn.Sequential(nn.Conv2d(width, after, 1, bias=False), nn.BatchNorm2d(after))
+        self.shortcut = nn.Identity()
+        if stride != 1 or before != after:
+            self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.widen(self.middle(self.narrow(x))) + self.shortcut(x))
+
+
+class _ResNet(nn.Module):
+    """A ResNet for small images (He et al. 2016: 3 x 3 stem, no first pooling)."""
+
+    def __init__(self, block: Callable[[int, int, int], nn.Module], widths: list[int], depths: list[int], classes: int):
+        super().__init__()
+        blocks = []
+        for stage, ((before, after), depth) in enumerate(zip(itertools.pairwise(widths), depths, strict=True)):
+            blocks.append(block(before, after, 1 if stage == 0 else 2))
+            blocks += [block(after, after, 1) for _ in range(depth - 1)]
         self.stem = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
         self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(512, classes)
+        self.head = nn.Linear(widths[-1], classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class ResNet18(_ResNet):
+    def __init__(self, classes: int):
+        super().__init__(_Block, [64, 64, 128, 256, 512], [2, 2, 2, 2], classes)
+
+
+class ResNet50(_ResNet):
+    def __init__(self, classes: int):
+        super().__init__(_Bottleneck, [64, 256, 512, 1024, 2048], [3, 4, 6, 3], classes)

@@ -7,10 +7,16 @@ import numpy as np
 
 
 class Step(NamedTuple):
-    """`run` computes once and returns when the result is there; `named` gives the result's arrays a name each."""
+    """`start` computes once, or begins to on a GPU; `wait` returns when a result is there; `named` gives its arrays a
+    name each."""
 
-    run: Callable[[], Any]
+    start: Callable[[], Any]
+    wait: Callable[[Any], Any]
     named: Callable[[Any], Mapping[str, np.ndarray]]
+
+    def run(self) -> Any:
+        """Compute once."""
+        return self.wait(self.start())
 
 
 Digest = dict[str, tuple[float, float]]

@@ -214,6 +214,7 @@ POLICIES = {
 }
 
 
+@pytest.mark.usefixtures("each_remat")
 @eager_and_jit
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 def test_checkpoint(policy, step, args, jit):
@@ -228,6 +229,7 @@ def test_checkpoint(policy, step, args, jit):
     )
 
 
+@pytest.mark.usefixtures("each_remat")
 def test_checkpoint_recomputes_and_everything_saveable_does_not(args):
     """The forward runs twice where nothing may be saved, once where everything may (with what torch keeps of it)."""
 
@@ -241,6 +243,7 @@ def test_checkpoint_recomputes_and_everything_saveable_does_not(args):
     assert forwards(jax.checkpoint_policies.everything_saveable) == 1
 
 
+@pytest.mark.usefixtures("each_remat")
 def test_checkpointed_scan(step, args):
     def loss(f, h, w):
         body = jax.checkpoint(lambda h, _: (f(h, w), None))

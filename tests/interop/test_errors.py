@@ -40,7 +40,7 @@ def test_modules_have_a_wrapper_of_their_own():
             lambda x: torch_function(linear)(x, jnp.ones((4, 5)), bias=jnp.ones(4)),
             TorchCallError,
             r"(?s)linear failed on operands \(x: float32\[2, 3\], weight: float32\[4, 5\], bias: float32\[4\]\)"
-            r".*torch said: RuntimeError: .*\[2, 3\].*\[5, 4\]",
+            r".*torch said: RuntimeError: .*\(2x3 and 5x4)",
         ),
         (
             lambda x: torch_function(torch.matmul)(x, x),
@@ -228,14 +228,3 @@ def test_random_op(fn):
 )
 def test_op_that_draws_nothing(fn):
     assert_trees_close(torch_function(fn)(X), X)
-
-
-def _noisy(x):
-    return x + float(np.random.rand())
-
-
-def test_numbers_drawn_by_numpy_are_warned_of_and_its_generator_stays():
-    before = np.random.get_state()
-    with pytest.warns(UserWarning, match=r"_noisy draws from numpy\.random.*Draw by torch"):
-        jax.eval_shape(torch_function(_noisy), jnp.ones(2))
-    assert all(map(np.array_equal, before, np.random.get_state()))

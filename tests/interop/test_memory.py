@@ -104,12 +104,22 @@ def growth(function):
 _TRAINING_STEPS = [
     f"{jit}(gradient({loss}))"
     for jit in ("eqx.filter_jit", "")
-    for loss in ("plain", "ignores_output", "stops_gradient", "returns_aux", "checkpoint")
+    for loss in ("plain", "ignores_output", "stops_gradient", "returns_aux")
 ]
 
 
 @pytest.mark.parametrize("step", [*_TRAINING_STEPS, "eqx.filter_jit(dropped_pullback)", "dropped_pullback"])
 def test_training_steps_leave_nothing_behind(step):
+    _check_growth(step)
+
+
+@pytest.mark.usefixtures("each_remat")
+@pytest.mark.parametrize("jit", ["eqx.filter_jit", ""], ids=["jit", "eager"])
+def test_checkpointed_steps_leave_nothing_behind(jit):
+    _check_growth(f"{jit}(gradient(checkpoint))")
+
+
+def _check_growth(step: str) -> None:
     growth, graphs = _measured(f"{_GROWTH}\ngrowth({step})")
     assert graphs == 0, "a graph was left after a step"
     assert growth < _LEFT_BEHIND
@@ -169,6 +179,7 @@ def peaks(*steps):
 JIT, EAGER = "eqx.filter_jit", "lambda step: step"
 
 
+@pytest.mark.usefixtures("each_remat")
 @pytest.mark.parametrize(
     ("residuals", "transform"),
     [

@@ -228,6 +228,36 @@ def test_the_interpreter_exits_with_work_in_flight(size, ending):
     assert (result.returncode, result.stderr) == (0, "")
 
 
+def test_a_thread_that_outlives_the_main_one_calls_torch_first():
+    """Since Python 3.12 no thread starts any more once the main thread has ended."""
+    printed = run_python(
+        """
+        import threading
+        import jax
+        import jax.numpy as jnp
+        import numpy as np
+        import torch
+        import torchleaf
+
+        def late():
+            threading.main_thread().join()
+            torch.set_num_threads(2)
+            x = jax.random.normal(jax.random.key(0), (256, 256)) / 16
+            function = torchleaf.torch_function(lambda x: torch.tanh(x @ x).sum())
+            step = jax.jit(jax.value_and_grad(lambda x: function(x * 1.0)))
+            expected = jax.value_and_grad(lambda x: jnp.tanh(x @ x).sum())(x)
+            for _ in range(4):
+                value, gradient = step(x)
+                np.testing.assert_allclose(value, expected[0], rtol=1e-3, atol=1e-2)
+                np.testing.assert_allclose(gradient, expected[1], rtol=1e-3, atol=1e-3)
+            print("as ever", flush=True)
+
+        threading.Thread(target=late).start()
+        """
+    )
+    assert printed == "as ever\n"
+
+
 def test_an_exception_exits_with_work_in_flight():
     """Its traceback is the last word, its status the usual one."""
     result = _run_in_flight(256, "y = step(x); started.wait()\nraise ValueError('the end')")

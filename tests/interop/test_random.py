@@ -262,6 +262,7 @@ def test_vmap_inside_the_torch_function(x):
 # --- derivatives -------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("each_remat")
 @each(DIFFERENTIABLE)
 def test_backward_uses_the_numbers_of_the_forward(sampler, x):
     """Kept graphs, recomputed ones, JAX's checkpoints and forward mode have one derivative, eager and compiled."""

@@ -52,7 +52,7 @@ def _vmap(model, x):
     return jax.vmap(model)(x).sum()
 
 
-LOSSES = [_plain, _ignores_output, _stops_gradient, _checkpoint, _scan, _cond, _vmap]
+LOSSES = [_plain, _ignores_output, _stops_gradient, _scan, _cond, _vmap]
 
 
 @pytest.mark.parametrize("residuals", ["live", "recompute"])
@@ -67,6 +67,16 @@ def test_gradients_have_the_bits_of_torch(torch_module, x, residuals):
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__.strip("_"))
 def test_no_graph_stays_behind(torch_module, x, loss, jit):
+    _check_no_graph_stays_behind(torch_module, x, loss, jit)
+
+
+@pytest.mark.usefixtures("each_remat")
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_no_graph_of_a_checkpoint_stays_behind(torch_module, x, jit):
+    _check_no_graph_stays_behind(torch_module, x, _checkpoint, jit)
+
+
+def _check_no_graph_stays_behind(torch_module, x, loss, jit):
     model = torchleaf.TorchModule(torch_module)
     gradient = eqx.filter_jit(eqx.filter_grad(loss)) if jit else eqx.filter_grad(loss)
     gc.collect()

@@ -194,6 +194,7 @@ def test_filter_eval_shape_and_make_jaxpr(mlp, x):
     assert [eqn.primitive.name for eqn in jaxpr.jaxpr.eqns].count("torch_call") == 1
 
 
+@pytest.mark.usefixtures("each_remat")
 def test_filter_checkpoint(mlp, x):
     _, model = mlp
     plain = eqx.filter_grad(lambda m: (m(x) ** 2).sum())(model)

@@ -234,6 +234,7 @@ def _loss(model, rest):
     return lambda params, x: jnp.sum(jnp.sin(model.apply({"params": params, **rest}, x)))
 
 
+@pytest.mark.usefixtures("each_remat")
 @pytest.mark.parametrize("lift", [nn.jit, nn.remat, lambda cls: nn.remat(nn.jit(cls))], ids=["jit", "remat", "both"])
 @eager_and_jit
 def test_lifted_class_computes_the_same(lift, jit, rng):
@@ -246,6 +247,7 @@ def test_lifted_class_computes_the_same(lift, jit, rng):
     assert_trees_close(jit(jax.value_and_grad(_loss(lifted, rest)))(variables["params"], x), expected)
 
 
+@pytest.mark.usefixtures("each_remat")
 @pytest.mark.parametrize("lift", [nn.jit, nn.remat], ids=["jit", "remat"])
 def test_state_and_randomness_go_through_lifted_classes(lift, rng):
     x = _normal(rng, 5, 3)

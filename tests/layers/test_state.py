@@ -116,6 +116,7 @@ def test_no_gradient_flows_through_state():
     assert_equal([gradient, *jax.tree.leaves(of_state)], [jnp.zeros((2, 3)), jnp.zeros(3)])
 
 
+@pytest.mark.usefixtures("each_remat")
 def test_checkpointed_steps(rng):
     """jax.checkpoint runs the forward twice; the state is that of once."""
     module = nn.BatchNorm1d(3)

@@ -9,7 +9,7 @@ import torchleaf
 from compare import assert_trees_close, from_torch
 from module_reference import eager_and_filter_jit, snapshot
 from samples import raw_bytes
-from small_transformers import BUILDERS, gpt2, inputs_for, llama, token_ids, wav2vec2
+from small_transformers import BUILDERS, CACHE, cache_of, gpt2, inputs_for, llama, token_ids, wav2vec2
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -128,12 +128,12 @@ def test_next_tokens_from_the_cache(name, jit):
     whole, array = module(ids).logits, from_torch(ids)
     first = call(model, {"input_ids": array[:, :4]})
     before = [raw_bytes(leaf) for leaf in jax.tree.leaves(first)]
-    second = call(model, {"input_ids": array[:, 4:6], "past_key_values": first.past_key_values})
-    third = call(model, {"input_ids": array[:, 6:], "past_key_values": second.past_key_values})
+    second = call(model, {"input_ids": array[:, 4:6], CACHE: cache_of(first)})
+    third = call(model, {"input_ids": array[:, 6:], CACHE: cache_of(second)})
     logits = jnp.concatenate([first.logits, second.logits, third.logits], axis=1)
     assert_trees_close(logits, from_torch(whole), rtol=1e-4, atol=1e-5)
-    assert type(third.past_key_values) is DynamicCache
-    assert_trees_close(third.past_key_values, from_torch(module(ids).past_key_values), rtol=1e-4, atol=1e-5)
+    assert type(cache_of(third)) is DynamicCache
+    assert_trees_close(cache_of(third), from_torch(cache_of(module(ids))), rtol=1e-4, atol=1e-5)
     assert [raw_bytes(leaf) for leaf in jax.tree.leaves(first)] == before
 
 
@@ -144,9 +144,9 @@ def test_next_token_of_a_decoder(name):
     model, arrays = torchleaf.TorchModule(module), torchleaf.to_jax(inputs)
     ids = arrays.pop("decoder_input_ids")
     first = _jitted_call(model, {**arrays, "decoder_input_ids": ids[:, :4]})
-    assert type(first.past_key_values) is EncoderDecoderCache
+    assert type(cache_of(first)) is EncoderDecoderCache
     encoded = torchleaf.to_jax(BaseModelOutput(last_hidden_state=first.encoder_last_hidden_state))
-    again = {"encoder_outputs": encoded, "past_key_values": first.past_key_values, "decoder_input_ids": ids[:, 4:]}
+    again = {"encoder_outputs": encoded, CACHE: cache_of(first), "decoder_input_ids": ids[:, 4:]}
     second = _jitted_call(model, again)
     logits = jnp.concatenate([first.logits, second.logits], axis=1)
     assert_trees_close(logits, from_torch(module(**inputs).logits), rtol=1e-4, atol=1e-5)
@@ -156,11 +156,11 @@ def test_next_token_of_a_decoder(name):
 def test_empty_cache_is_filled_anew_in_each_call(jit):
     module, cache = gpt2().eval(), DynamicCache()
     model, ids = torchleaf.TorchModule(module), token_ids(2, 5)
-    call = jit(lambda model, ids, cache: model(ids, past_key_values=cache))
+    call = jit(lambda model, ids, cache: model(ids, **{CACHE: cache}))
     for i in range(3):
         piece = ids[:, i : i + 2]
         output = call(model, from_torch(piece), torchleaf.to_jax(cache))
-        assert_trees_close(output, from_torch(module(piece, past_key_values=DynamicCache())), rtol=1e-4, atol=1e-5)
+        assert_trees_close(output, from_torch(module(piece, **{CACHE: DynamicCache()})), rtol=1e-4, atol=1e-5)
     assert cache.layers == []
     call(model, from_torch(ids), cache)
     assert cache.layers == []
@@ -175,12 +175,12 @@ def test_generation_in_a_scan():
     def generate(model, prompt, cache):
         def step(carry, _):
             token, cache = carry
-            output = model(token, past_key_values=cache)
+            output = model(token, **{CACHE: cache})
             following = output.logits[:, -1:].argmax(-1)
-            return (following, output.past_key_values), token[:, 0]
+            return (following, cache_of(output)), token[:, 0]
 
-        first = model(prompt, past_key_values=cache)
-        start = first.logits[:, -1:].argmax(-1), first.past_key_values
+        first = model(prompt, **{CACHE: cache})
+        start = first.logits[:, -1:].argmax(-1), cache_of(first)
         return jax.lax.scan(step, start, length=6)[1].T
 
     given = torchleaf.to_jax(StaticCache(module.config, max_cache_len=12))
@@ -198,10 +198,10 @@ def test_gradients_with_respect_to_a_cache():
     model, prefix = torchleaf.TorchModule(module), [torch.randn(2, 2, 4, 8, requires_grad=True) for _ in range(4)]
     pairs = prefix[::2], prefix[1::2]
     cache = DynamicCache(list(zip(*pairs, strict=True)))
-    (module(ids, past_key_values=cache).logits ** 2).mean().backward()
+    (module(ids, **{CACHE: cache}).logits ** 2).mean().backward()
 
     def loss(cache):
-        return (model(from_torch(ids), past_key_values=cache).logits ** 2).mean()
+        return (model(from_torch(ids), **{CACHE: cache}).logits ** 2).mean()
 
     given = torchleaf.to_jax(DynamicCache([(k.detach(), v.detach()) for k, v in zip(*pairs, strict=True)]))
     for transform in (jax.grad, lambda f: jax.jit(jax.grad(f))):
@@ -214,9 +214,9 @@ def test_caches_of_a_batch_under_vmap():
     module, ids = gpt2().eval(), token_ids(3, 6)
     model = torchleaf.TorchModule(module)
     first = jax.vmap(lambda row: model(row[None, :4]))(from_torch(ids))
-    assert {leaf.shape for leaf in jax.tree.leaves(first.past_key_values)} == {(3, 1, 2, 4, 8)}
-    second = jax.vmap(lambda row, cache: model(row[None, 4:], past_key_values=cache).logits[0])(
-        from_torch(ids), first.past_key_values
+    assert {leaf.shape for leaf in jax.tree.leaves(cache_of(first))} == {(3, 1, 2, 4, 8)}
+    second = jax.vmap(lambda row, cache: model(row[None, 4:], **{CACHE: cache}).logits[0])(
+        from_torch(ids), cache_of(first)
     )
     assert_trees_close(second, from_torch(module(ids).logits[:, 4:]), rtol=1e-4, atol=1e-5)
 

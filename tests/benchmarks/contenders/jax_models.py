@@ -51,7 +51,7 @@ def _lstm(p: Params, x: jax.Array) -> jax.Array:
         return (h, c), h
 
     projected = x @ p["layer.weight_ih_l0"].T + p["layer.bias_ih_l0"] + p["layer.bias_hh_l0"]
-    zeros = jnp.zeros((x.shape[0], p["layer.weight_hh_l0"].shape[1]))
+    zeros = jnp.zeros((x.shape[0], p["layer.weight_hh_l0"].shape[1]), x.dtype)
     return lax.scan(cell, (zeros, zeros), projected.swapaxes(0, 1))[1].swapaxes(0, 1)
 
 

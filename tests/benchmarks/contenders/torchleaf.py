@@ -3,6 +3,7 @@
 import equinox as eqx
 import jax
 import jax_programs
+import place
 import torch
 import torchleaf
 from cases import Case, Task
@@ -11,7 +12,7 @@ from steps import Step
 
 def build(case: Case, task: Task, residuals: str) -> Step:
     def wrap(case: Case, module: torch.nn.Module) -> jax_programs.Apply:
-        model = torchleaf.TorchModule(module, residuals=residuals)
+        model = torchleaf.TorchModule(place.module(module), residuals=residuals)
 
         def apply(params: jax_programs.Params, *inputs: jax.Array) -> jax.Array:
             return eqx.tree_at(lambda m: m.params, model, params)(*inputs)

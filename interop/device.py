@@ -1,0 +1,31 @@
+"""Where a torch call will run, as far as can be known while it is traced."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import torch
+from jax.core import Tracer
+
+_CPU = torch.device("cpu")
+
+
+def device_here(operands: Iterable[Any]) -> torch.device:
+    """The device of the first operand that has one; else, for values that are traced, JAX's default device.
+
+    XLA decides in the end. A trace on the other kind of device finds the same shapes, but fails where the callable
+    has tensors of its own on this one.
+    """
+    for x in operands:
+        if isinstance(x, jax.Array) and not isinstance(x, Tracer):
+            return torch_device(next(iter(x.devices())))
+    default: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if default is not None and not isinstance(default, str):
+        return torch_device(default)
+    platform = default or jax.default_backend()
+    return torch.device("cuda", 0) if platform in ("gpu", "cuda") else _CPU
+
+
+def torch_device(device: Any) -> torch.device:
+    """torch's name for a device that both have; the CPU for others, through which their values go."""
+    return torch.device("cuda", device.local_hardware_id) if device.platform == "gpu" else _CPU

@@ -1,0 +1,247 @@
+"""Fake tensors, and real ones among them: what depends on no operand is computed, so that its values can be read.
+
+A real tensor that a trace meets is a constant: captured from outside, or made here of others by ops and factories that
+give the same each time. Ops on constants alone run for real. Where a constant meets a fake tensor, a fake one of its
+geometry takes its place. Memory of a constant made here is given up when something unknown is written into it, so that
+nothing can read it any more, not even past torch's dispatcher.
+
+Source: [FakeTensorMode](https://docs.pytorch.org/docs/stable/user_guide/torch_compiler/torch.compiler_fake_tensor.html).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedFakeTensorException
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+from .aten import bound, reads_values, tensors_in, written
+from .memory import is_plain, storage_of
+
+_MOST_MADE = 2**20
+"""Elements of a constant that is made here."""
+_MOST_READ = 2**24
+"""Elements of a constant that is read to make one."""
+_MOST_MULTIPLIED = 2**16
+"""The same for products of matrices and the like."""
+
+_aten = torch.ops.aten
+_FACTORIES = {
+    *("arange", "eye", "full", "linspace", "logspace", "ones", "scalar_tensor", "zeros"),
+    *("tril_indices", "triu_indices", "full_like", "ones_like", "zeros_like", "new_full", "new_ones", "new_zeros"),
+}
+"""Ops whose results follow from their arguments and, at most, from the geometry of a tensor."""
+_SHAPED_BY = {
+    _aten.index.Tensor: "indices",
+    _aten.masked_select.default: "mask",
+    _aten._pack_padded_sequence.default: "lengths",
+}
+"""Ops of whose operands some decide, by their values, about the shapes of the results."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception that an op raised, without the frames that hold its operands."""
+
+    kind: type[Exception]
+    words: str
+    op: Any
+
+    @property
+    def reads_values(self) -> bool:
+        """Whether the op gives values to Python."""
+        return issubclass(self.kind, fake_tensor.DataDependentOutputException)
+
+    @property
+    def makes_shapes(self) -> bool:
+        """Whether values decide about the shape of what the op makes."""
+        return issubclass(self.kind, fake_tensor.DynamicOutputShapeException)
+
+
+class KnownConstants(FakeTensorMode):
+    """A fake tensor mode that computes with constants.
+
+    With `answers`, the values that ops gave to Python in another run, in their order, it goes where that run went.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, answers: Sequence[Any] = ()) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self._answers, self._n_reads = answers, 0
+        self.failure: Failure | None = None
+        """The first one: what the callable, or torch's interpreter, makes of it tells less."""
+        self.read_captured = False
+        """Whether a value was read that follows from a captured tensor, which may be another one later."""
+        self._storages: list[StorageWeakRef] = []  # addresses of those that are numbered here are not used again
+        self._made: set[int] = set()
+        self._of_captured: set[int] = set()
+        self._unknown: set[int] = set()  # those into which something unknown was written
+        self._substitutes: dict[Any, torch.Tensor] = {}
+
+    def is_captured(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is neither fake nor made here."""
+        return not self.is_our_fake(tensor) and storage_of(tensor) not in self._made
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        try:
+            if not isinstance(func, torch._ops.OpOverload):
+                return self._higher_order(func, types, args, kwargs)
+            tensors = list(tensors_in(*args, *kwargs.values()))
+            answer = self._answer() if self._answers and reads_values(func) else None
+            if answer is not None and not all(map(self._is_known, tensors)):
+                return answer
+            if all(map(self._is_known, tensors)) and self._is_computed(func, tensors, args, kwargs):
+                return self._compute(func, tensors, args, kwargs)
+            if self._is_shaped_by_constants(func, args, kwargs):
+                return self._shape(func, args, kwargs)
+            return self._fake(func, types, args, kwargs)
+        except Exception as exc:
+            self.failure = self.failure or Failure(type(exc), str(exc), func)
+            raise
+
+    def _answer(self) -> Any:
+        """What the other run read here."""
+        self._n_reads += 1
+        return self._answers[self._n_reads - 1] if self._n_reads <= len(self._answers) else None
+
+    # --- constants ---
+
+    def _is_known(self, tensor: torch.Tensor) -> bool:
+        return is_plain(tensor) and storage_of(tensor) not in self._unknown
+
+    def _is_computed(self, func: Any, tensors: list[torch.Tensor], args: Any, kwargs: Any) -> bool:
+        """Whether an op on constants alone is carried out."""
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            return False
+        if any(storage_of(x) not in self._made for x in written(func, bound(func, args, kwargs))):
+            return False
+        if func is _aten.lift_fresh.default:  # of what Python or NumPy made
+            return tensors[0].numel() <= _MOST_MADE
+        if not tensors and func.overloadpacket.__name__ not in _FACTORIES:
+            return False
+        largest = max((x.numel() for x in tensors), default=0)
+        if largest > (_MOST_MULTIPLIED if func.overloadpacket in flop_registry else _MOST_READ):
+            return False
+        return (bool(tensors) and largest**2 <= _MOST_MADE) or self._is_small(func, args, kwargs)
+
+    def _is_small(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Whether the results of an op on constants are."""
+        if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
+            return True  # as large as its operands, at most
+        args, kwargs = tree_map_only(torch.Tensor, self._substitute, (args, kwargs))
+        outs = super().__torch_dispatch__(func, (), args, kwargs)
+        return all(x.numel() <= _MOST_MADE for x in tensors_in(outs))
+
+    def _compute(self, func: Any, tensors: list[torch.Tensor], args: Any, kwargs: Any) -> Any:
+        of_captured = any(self.is_captured(x) or storage_of(x) in self._of_captured for x in tensors)
+        given = set(map(storage_of, tensors))
+        if func is _aten.lift_fresh.default:
+            is_numpys = not tensors[0].untyped_storage().resizable()  # it may write into its memory
+            func, of_captured, given = (_aten.clone.default if is_numpys else func), is_numpys, set()
+        outs = func(*args, **kwargs)
+        for out in tensors_in(outs):
+            if storage_of(out) not in given:
+                self._note(out, self._made)
+                if of_captured:
+                    self._note(out, self._of_captured)
+        self.read_captured |= of_captured and torch.Tag.data_dependent_output in func.tags
+        return outs
+
+    def _note(self, tensor: torch.Tensor, where: set[int]) -> None:
+        where.add(storage_of(tensor))
+        self._storages.append(StorageWeakRef(tensor.untyped_storage()))
+
+    # --- fake tensors ---
+
+    def _fake(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """What an op returns where not all is known."""
+        if func.overloadpacket.__name__ in _FACTORIES and args:
+            known = self._factory(func, args, kwargs)
+            if known is not None:
+                return known
+        targets = [x for x in written(func, bound(func, args, kwargs)) if is_plain(x)]
+        given = {id(x): self._new_substitute(x) for x in targets}
+        back = {id(substitute): x for x, substitute in zip(targets, given.values(), strict=True)}
+        args, kwargs = tree_map_only(
+            torch.Tensor, lambda x: given[id(x)] if id(x) in given else self._substitute(x), (args, kwargs)
+        )
+        outs = super().__torch_dispatch__(func, types, args, kwargs)
+        for target in targets:
+            if given[id(target)].shape != target.shape:
+                raise UnsupportedFakeTensorException(f"{func} gives a constant another shape")
+            self._forget(target)
+        return tree_map_only(torch.Tensor, lambda x: back.get(id(x), x), outs) if back else outs
+
+    def _factory(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What a factory makes in the likeness of a fake tensor."""
+        like, *others = args
+        if not isinstance(like, torch.Tensor) or like.layout != torch.strided or like.numel() > _MOST_MADE:
+            return None
+        if not self._is_small(func, args, kwargs):
+            return None
+        real = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+        return self._compute(func, [], (real, *others), kwargs)
+
+    def _forget(self, tensor: torch.Tensor) -> None:
+        """Something unknown is written into a constant."""
+        address = storage_of(tensor)
+        if address in self._unknown:
+            return
+        self._note(tensor, self._unknown)
+        if address in self._made:
+            storage = tensor.untyped_storage()
+            torch._C._set_throw_on_mutable_data_ptr(tensor)  # pyright: ignore[reportAttributeAccessIssue]
+            storage.resize_(0)
+
+    def _substitute(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A fake tensor in the place of a constant; one without values serves for all of the same geometry."""
+        if not is_plain(tensor):
+            return tensor
+        key = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+        if key not in self._substitutes:
+            self._substitutes[key] = self._new_substitute(tensor)
+        return self._substitutes[key]
+
+    def _new_substitute(self, tensor: torch.Tensor) -> torch.Tensor:
+        options = {"dtype": tensor.dtype, "device": tensor.device}
+        geometry = (list(tensor.shape), list(tensor.stride()))
+        return super().__torch_dispatch__(_aten.empty_strided.default, (), geometry, options)  # pyright: ignore[reportReturnType]
+
+    # --- shapes that follow from constants ---
+
+    def _is_shaped_by_constants(self, func: Any, args: Any, kwargs: Any) -> bool:
+        if func not in _SHAPED_BY:
+            return False
+        deciding = list(tensors_in(bound(func, args, kwargs)[_SHAPED_BY[func]]))
+        if func is _aten.index.Tensor and all(x.dtype not in (torch.bool, torch.uint8) for x in deciding):
+            return False
+        return all(map(self._is_known, deciding))
+
+    def _shape(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The op on zeros in the place of what is unknown, and nothing but the shapes of what it gives."""
+
+        def real(tensor: torch.Tensor) -> torch.Tensor:
+            return (
+                tensor
+                if self._is_known(tensor)
+                else torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+            )
+
+        args, kwargs = tree_map_only(torch.Tensor, real, (args, kwargs))
+        outs = func(*args, **kwargs)
+        if func is _aten._pack_padded_sequence.default:
+            self._note(outs[1], self._made)  # the sizes of the batches follow from the lengths alone
+            return self._new_substitute(outs[0]), outs[1]
+        return tree_map_only(torch.Tensor, self._new_substitute, outs)
+
+    # --- higher-order ops ---
+
+    def _higher_order(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        rule = func.python_key_table.get(FakeTensorMode)
+        return super().__torch_dispatch__(func, types, args, kwargs) if rule is None else rule(self, *args, **kwargs)

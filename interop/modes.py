@@ -1,0 +1,49 @@
+"""The dispatch mode that torchleaf's own are: it sees the ops of a torch call, those within higher-order ops too.
+
+A higher-order op (`torch.cond`, `flex_attention`, `scan`) takes functions. Some of them torch compiles when they are
+called, and what it once met in a mode it never compiles again, in the whole process. So modes let it compile.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from .zeros import with_memory
+
+
+class Mode(TorchDispatchMode):
+    """Within it, `op` stands for each op."""
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def op(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an aten op, or a custom one, returns."""
+        return func(*args, **kwargs)
+
+    def higher_order_op(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What a higher-order op returns; the mode sees the ops of the functions that it is given."""
+
+        def watched(value: Any) -> Any:
+            if not callable(value) or isinstance(value, torch.Tensor | type):
+                return value
+            return functools.update_wrapper(functools.partial(self._within, value), value, updated=())
+
+        args, kwargs = tree_map(watched, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not isinstance(func, torch._ops.OpOverload):
+            return self.higher_order_op(func, args, kwargs or {})
+        return self.op(with_memory(func), args, kwargs or {})
+
+    def _within(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self:
+            return function(*args, **kwargs)

@@ -1,0 +1,111 @@
+"""`Save`: a forward call that keeps torch's autograd graph for its backward call.
+
+In a compiled program the graph gives way to a recording of its ops where that is possible (`repeated.py`).
+
+Under vmap one graph holds the whole batch: operands that all examples share enter once for each example (a view,
+`Tensor.expand`), so that its gradients are those of the examples.
+"""
+
+import torch
+
+from .batching import vmap
+from .call import Tensors, TorchCall
+from .derivative import Vjp
+from .graph import Batch, Graph, Tape
+from .handles import HANDLE, handle_of, number_of
+from .repeated import Repeated
+from .residuals import Shelf, drop, hand_over
+
+
+class Save(TorchCall):
+    """`inner`, with one more output: the handle of its autograd graph with respect to `active`.
+
+    With a `batch`, the same over a batch axis, its graph giving the gradients of each example.
+    """
+
+    def __init__(self, inner: TorchCall, active: tuple[int, ...], batch: Batch | None = None):
+        super().__init__()
+        self.inner, self.active, self.batch, self.base = inner, active, batch, inner.base
+        self._plain = inner if batch is None else vmap(inner, *batch)
+        self._shared = () if batch is None else tuple(i for i in active if batch[0][i] is None)
+        self._graphed = self._plain
+        if batch is not None:
+            dims, size = batch
+            self._graphed = vmap(inner, tuple(0 if i in self._shared else d for i, d in enumerate(dims)), size)
+        # What the graph will be used for: by its plan the graph is made, for the values of a plan may be right and its
+        # gradients wrong.
+        self._gradient = self._graphed.derive(Vjp, active, self._graphed.inexact_outs, False)
+        self.operations = self._graphed.operations
+        self.name = f"save({self._plain.name})"
+        self.in_avals, self.out_avals = self._plain.in_avals, (*self._plain.out_avals, HANDLE)
+        self.makes_handle = True
+        self._shelf = Shelf()
+        self._keepable: bool | None = None  # known after the first run
+
+    @property
+    def plain_kernels(self) -> frozenset[str]:
+        return self._gradient.plain_kernels
+
+    def prepare(self) -> None:
+        self._gradient.prepare()
+        if self.base.is_loose and self.batch is not None:
+            self._keepable = False
+
+    @property
+    def recordable(self) -> bool:
+        return self._gradient.recordable
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether to keep graphs: they can be kept, and somebody wants them."""
+        return self._keepable is not False and not self._shelf.is_vain
+
+    def execute(self, *tensors: torch.Tensor) -> Tensors:
+        return self._save(tensors, None) if self._keeps else (*self._plain.execute(*tensors), handle_of(0))
+
+    def repeat(self, *tensors: torch.Tensor) -> Tensors:
+        if not self._keeps:
+            return *self._plain.repeat(*tensors), handle_of(0)
+        return self._save(tensors, self.repeated_on(tensors[0].device))
+
+    def replay(self, operands: Tensors, results: Tensors) -> bool:
+        if not self._keeps:
+            hand_over(results[-1], 0)
+            return self._plain.replay(operands, results[:-1])
+        repeated = self.repeated_on(operands[0].device)
+        if repeated is None or repeated.replays is None:
+            return False
+        kept = repeated.replays[0]([], *operands, *results[:-1])
+        hand_over(results[-1], self._shelf.put(Tape(repeated, kept, self.batch)))
+        return True
+
+    def _save(self, tensors: Tensors, repeated: Repeated | None) -> Tensors:
+        graph = Graph(self._graphed, self.active, self.batch, repeated)
+        try:
+            outs = self._gradient.by_plan(
+                self._each(tensors), lambda plan: graph.forward(plan, tensors, self._each)
+            )
+            keepable = self._keepable or not graph.holds(tensors)
+        except Exception:  # torch.func transforms in the callable refuse saved tensor hooks, for instance
+            if self._keepable:
+                raise
+            outs, keepable = self._plain.execute(*tensors), False  # raises again what is the callable's own fault
+        self._keepable = keepable
+        return (*outs, handle_of(self._shelf.put(graph) if keepable else 0))
+
+    def forget(self, results: Tensors) -> None:
+        drop(number_of(results[-1]))
+        self._keepable = False
+
+    def _each(self, tensors: Tensors) -> Tensors:
+        """Shared operands once for each example."""
+        if self.batch is None:
+            return tensors
+        size = self.batch[1]
+        return tuple(x.expand(size, *x.shape) if i in self._shared else x for i, x in enumerate(tensors))
+
+    def select(self, used: tuple[int, ...]) -> tuple[TorchCall, tuple[int, ...]] | None:
+        return None if len(self.out_avals) - 1 in used else self.graphless()
+
+    def graphless(self) -> tuple[TorchCall, tuple[int, ...]]:
+        return self._plain, tuple(range(len(self.in_avals)))
