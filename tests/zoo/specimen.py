@@ -23,8 +23,8 @@ class Specimen:
     - `batched`: whether `vmap` maps over a tensor among the arguments; those of floats unless given.
     - `training`: whether it is called in training mode, where it must not draw random numbers.
     - `random`: whether it draws random numbers in training mode.
-    - `smooth`: whether finite differences in float64 tell its second derivatives: not where it rounds to the nearest
-      code, or computes in float32 whatever it is given; then torch's own double backward tells them.
+    - `smooth`: whether finite differences in float64 tell its second derivatives: not where it rounds or detaches, or
+      computes in float32 whatever it is given; then torch's own double backward tells them.
     - `not_asked`: checks that do not apply, each with the reason.
     """
 

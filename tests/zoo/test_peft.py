@@ -75,7 +75,7 @@ test_peft = zoo_test(
     "peft",
     Specimen("LoRA", lambda: adapted("LoraConfig", **LORA), vectors),
     Specimen("LoRA, dropout", lambda: adapted("LoraConfig", r=2, lora_dropout=0.3), vectors, random=True),
-    Specimen("DoRA", lambda: adapted("LoraConfig", r=2, use_dora=True), vectors),
+    Specimen("DoRA", lambda: adapted("LoraConfig", r=2, use_dora=True), vectors, smooth=False),  # it detaches a norm
     Specimen("IA3", lambda: adapted("IA3Config", feedforward_modules=["seq.2"]), vectors),
     Specimen("LoHa", lambda: adapted("LoHaConfig", r=2), vectors),
     Specimen("OFT", lambda: adapted("OFTConfig", r=1, oft_block_size=0), vectors),
