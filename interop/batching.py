@@ -162,10 +162,7 @@ def _find_batch_axes(call: Vmap) -> tuple[int, ...]:
     in_avals = [
         _batched_aval(a, None if d is None else 0, size) for a, d in zip(call.inner.in_avals, call.in_dims, strict=True)
     ]
-    if (
-        trial_run(lambda *tensors: shapes.extend(tuple(y.shape) for y in call.base.run(*tensors)), in_avals)
-        is not None
-    ):
+    if trial_run(lambda *tensors: shapes.extend(tuple(y.shape) for y in call.base.run(*tensors)), in_avals) is not None:
         return (0,) * len(avals)
     axes = tuple(shape.index(size) if size in shape else 0 for shape in shapes)
     for i, (shape, axis) in enumerate(zip(shapes, axes, strict=True)):
@@ -210,7 +207,8 @@ def _vectorised(call: Vmap, plan: Plan, *tensors: torch.Tensor) -> Tensors:
 
 def _loop(call: Vmap, plan: Plan, *tensors: torch.Tensor) -> Tensors:
     def example(i: int) -> Tensors:
-        operands = (x if d is None else x[i] for x, d in zip(tensors, call.in_dims, strict=True))
+        # Each in memory of its own, as it is alone: some code addresses memory (`as_strided`).
+        operands = (x if d is None else x[i].clone() for x, d in zip(tensors, call.in_dims, strict=True))
         return call.inner.compute(plan, *operands)
 
     return tuple(torch.stack(ys) for ys in zip(*map(example, range(call.size)), strict=True))
