@@ -212,7 +212,8 @@ def _vectorised(call: Vmap, plan: Plan, *tensors: torch.Tensor) -> Tensors:
 
 def _loop(call: Vmap, plan: Plan, *tensors: torch.Tensor) -> Tensors:
     def example(i: int) -> Tensors:
-        operands = (x if d is None else x[i] for x, d in zip(tensors, call.in_dims, strict=True))
+        # Each in memory of its own, as it is alone: some code addresses memory (`as_strided`).
+        operands = (x if d is None else x[i].clone() for x, d in zip(tensors, call.in_dims, strict=True))
         is_whole = not torch.is_grad_enabled()  # else a backward pass through all examples is to come
         with scope.opened() if is_whole and scope.current() else _NO_SCOPE:
             return call.inner.compute(plan, *operands)

@@ -5,6 +5,10 @@ No proof can find these (`proof.py`), for torch.autograd itself has them wrong, 
 - weight norm: `torch.autograd.gradgradcheck` fails for `torch._weight_norm`;
 - layer and batch norm: their backward's backward takes means and deviations that were saved for constants, so that its
   own derivative is wrong; the third derivative, that is, and the second where it is made of these;
+- `native_layer_norm`, whose means and deviations are outputs: its forward mode fails;
+- determinants: under `vmap` or in a dispatch mode, as replays are recorded in, their backward chooses between a formula
+  for regular and one for singular matrices after computing both, of which the latter gives NaN where singular values
+  are equal, at the identity for instance;
 - `logcumsumexp`: so is its backward's backward, by logarithms of gradients that are zero;
 - `linear_cross_entropy` in chunks: its second derivative is zero.
 
@@ -23,13 +27,15 @@ Optional = torch.Tensor | None
 MARKS = {
     "weight norm": ("_weight_norm",),
     "layer norm": ("native_layer_norm",),
+    "native layer norm": ("native_layer_norm",),
     "batch norm": ("batch_norm", "instance_norm"),
+    "determinant": ("_linalg_det",),
     "logcumsumexp": ("logcumsumexp",),
     "linear cross entropy": ("linear_cross_entropy",),
 }
 """What tells the op of a formula by its name."""
 WRONG = frozenset(MARKS)
-WRONG_TWICE = frozenset({"weight norm", "linear cross entropy"})
+WRONG_TWICE = frozenset({"weight norm", "native layer norm", "determinant", "linear cross entropy"})
 """Those that are wrong in second derivatives already."""
 
 
@@ -58,6 +64,14 @@ def _layer_norm(
 ) -> torch.Tensor:
     normed = _standardised(x, range(-len(normalized_shape), 0), eps)
     return _affine(normed, weight, bias, normalized_shape).to(x.dtype)
+
+
+def _native_layer_norm(
+    x: torch.Tensor, normalized_shape: Sequence[int], weight: Optional, bias: Optional, eps: float
+) -> tuple[torch.Tensor, ...]:
+    wide, dims = _wide(x), tuple(range(-len(normalized_shape), 0))
+    mean, var = wide.mean(dims, keepdim=True), wide.var(dims, correction=0, keepdim=True)
+    return _layer_norm(x, normalized_shape, weight, bias, eps), mean, torch.rsqrt(var + eps)
 
 
 def _batch_norm(
@@ -98,9 +112,12 @@ def _instance_norm(
 
 
 def _standardised(x: torch.Tensor, dims: Sequence[int], eps: float) -> torch.Tensor:
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    centred = wide - wide.mean(tuple(dims), keepdim=True)
+    centred = _wide(x) - _wide(x).mean(tuple(dims), keepdim=True)
     return centred * torch.rsqrt(centred.square().mean(tuple(dims), keepdim=True) + eps)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _affine(x: torch.Tensor, weight: Optional, bias: Optional, shape: Sequence[int]) -> torch.Tensor:
@@ -114,6 +131,16 @@ def _update(
     """Let torch write into running statistics."""
     if statistics[0] is not None:
         norm(x.detach(), None, None, *statistics, True, momentum, eps, False)
+
+
+def _determinant(a: torch.Tensor) -> torch.Tensor:
+    """Each formula gets a matrix of its own kind in the place of others, so that nothing of it is NaN."""
+    n = a.shape[-1]
+    singular = (torch.linalg.det(a.detach()).abs() < torch.finfo(a.dtype).eps)[..., None, None]
+    one = torch.eye(n, dtype=a.dtype, device=a.device)
+    distinct = torch.arange(1, n + 1, device=a.device).to(a.dtype).diag()
+    sign, log = torch.linalg.slogdet(torch.where(singular, one, a))
+    return torch.where(singular[..., 0, 0], torch.linalg.det(torch.where(singular, a, distinct)), sign * log.exp())
 
 
 def _logcumsumexp(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -144,14 +171,14 @@ def _of_aten(composed: Callable[..., Any]) -> Callable[..., Any]:
 _FUNCTIONS: dict[str, dict[Any, Callable[..., Any]]] = {
     "weight norm": {torch._weight_norm: _weight_norm},
     "layer norm": {F.layer_norm: _layer_norm, torch.layer_norm: _layer_norm},
+    "native layer norm": {torch.native_layer_norm: _native_layer_norm},
     "batch norm": {
         F.batch_norm: _batch_norm,
         F.instance_norm: _instance_norm,
         torch.batch_norm: _of_aten(_batch_norm),
         torch.instance_norm: _of_aten(_instance_norm),
     },
+    "determinant": dict.fromkeys((torch.linalg.det, torch.det, torch.Tensor.det), _determinant),
     "logcumsumexp": {torch.logcumsumexp: _logcumsumexp, torch.Tensor.logcumsumexp: _logcumsumexp},
-    "linear cross entropy": {
-        f: _unchunked(f) for f in [getattr(F, "linear_cross_entropy", None)] if f is not None
-    },
+    "linear cross entropy": {f: _unchunked(f) for f in [getattr(F, "linear_cross_entropy", None)] if f is not None},
 }

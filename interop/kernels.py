@@ -40,7 +40,7 @@ _MARKS = formulas.MARKS | {
 
 
 def fused_kernels(op_name: str, arguments: Mapping[str, Any]) -> frozenset[str]:
-    """Which of the replaceable kernels an aten op stands for, which is running; and what runs it: TorchScript, forward mode."""
+    """Which of the replaceable kernels an aten op stands for; and what runs it, TorchScript or forward mode."""
     found = frozenset(kernel for kernel, marks in _MARKS.items() if any(mark in op_name for mark in marks))
     if _in_script():
         found |= {SCRIPTED, *(_scripted(kernel) for kernel in found)}

@@ -3,8 +3,8 @@
 A call is a stack of levels: the user's callable, and around it derivatives and batches. `torch.autograd` and loops over
 examples are right whatever the callable does, for they run it as torch itself would. The transforms of `torch.func`
 (forward mode, `vmap`, reverse mode inside these) are faster, but run ops by other rules, of which some are missing and
-some are wrong. So a plan with such transforms is taken where a trial run on fake tensors shows that torch has the rules,
-and where, at the first run, it gives what `torch.autograd` and loops give (`choice.py`, `proof.py`).
+some are wrong. So a plan with such transforms is taken where a trial run on fake tensors shows that torch has the
+rules, and where, at the first run, it gives what `torch.autograd` and loops give (`choice.py`, `proof.py`).
 """
 
 from collections.abc import Iterator
@@ -60,7 +60,9 @@ def candidates(call: "TorchCall") -> Iterator[Plan]:
                 continue
             yield Plan(level.depth)
             if {x.transform for x in levels[i:]} >= {"jvp", "vmap"}:
-                yield Plan(level.depth, forward=False) if level.transform == "vmap" else Plan(level.depth, batched=False)
+                yield (
+                    Plan(level.depth, forward=False) if level.transform == "vmap" else Plan(level.depth, batched=False)
+                )
     yield CERTAIN
     if needs_audit(call):
         yield replace(CERTAIN, rows="always")

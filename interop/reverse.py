@@ -59,16 +59,12 @@ def _twice(function: Function, xs: Tensors, tangents: Tensors, *, create_graph: 
     return gradients(grads, cotangents, tangents, create_graph=create_graph, audited=audited)
 
 
-def _rows(
-    out: torch.Tensor, leaves: Tensors, tangents: Tensors, *, create_graph: bool, audited: bool
-) -> torch.Tensor:
+def _rows(out: torch.Tensor, leaves: Tensors, tangents: Tensors, *, create_graph: bool, audited: bool) -> torch.Tensor:
     """`J t` one output element at a time: each row of `J` is a gradient."""
 
     def element(cotangent: torch.Tensor) -> torch.Tensor:
         cotangent.requires_grad_(create_graph)
-        rows = gradients(
-            (out,), leaves, (cotangent,), create_graph=create_graph, retain_graph=True, audited=audited
-        )
+        rows = gradients((out,), leaves, (cotangent,), create_graph=create_graph, retain_graph=True, audited=audited)
         return sum((torch.sum(r.conj() * t).real for r, t in zip(rows, tangents, strict=True)), torch.zeros(()))
 
     basis = torch.eye(out.numel(), dtype=out.dtype, device=out.device).reshape(-1, *out.shape)

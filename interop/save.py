@@ -82,9 +82,7 @@ class Save(TorchCall):
     def _save(self, tensors: Tensors, repeated: Repeated | None) -> Tensors:
         graph = Graph(self._graphed, self.active, self.batch, repeated)
         try:
-            outs = self._gradient.by_plan(
-                self._each(tensors), lambda plan: graph.forward(plan, tensors, self._each)
-            )
+            outs = self._gradient.by_plan(self._each(tensors), lambda plan: graph.forward(plan, tensors, self._each))
             keepable = self._keepable or not graph.holds(tensors)
         except Exception:  # torch.func transforms in the callable refuse saved tensor hooks, for instance
             if self._keepable:

@@ -1,9 +1,10 @@
 """Forward mode: `torch.no_grad` within it, and threads.
 
-torch lets tangents through `torch.no_grad`, but a JAX function has one derivative. So within a call, where `torch.no_grad` stops gradients (straight-through estimators, power iteration, running scales),
-it stops tangents as well.
+torch lets tangents through `torch.no_grad`, but a JAX function has one derivative. So within a call, where
+`torch.no_grad` stops gradients (straight-through estimators, power iteration, running scales), it stops tangents as
+well.
 
-The levels of forward mode are the process's: where two threads are in it, one that leaves takes the other's tangents.
+The levels of forward mode are the process's: of two threads in it, the one that leaves takes the other's tangents.
 
 Source: [forward-mode AD and no_grad](https://docs.pytorch.org/docs/stable/generated/torch.no_grad.html).
 """
@@ -17,7 +18,6 @@ import torch
 from torch._functorch import pyfunctorch
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
-
 
 _lock = threading.RLock()
 

@@ -1,7 +1,6 @@
 """What is tried with operators of torch's database: each transformation, eager and compiled, against torch itself."""
 
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -43,8 +42,7 @@ def outcomes(op: Any, dtype: torch.dtype, most: int) -> Iterator[Outcome]:
             yield Outcome(name_of(op), i, "forward", not_applicable="sparse operands")
             continue
         points = [case, *(case.at(case.near(seed)) for seed in range(1, RUNS))]
-        with plain_attention(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "vmap of .* runs as a loop", UserWarning)
+        with plain_attention():
             for name, found in _verdicts(programs(case, differentiable=op.supports_autograd), points):
                 yield Outcome(name_of(op), i, name, **found)
 
@@ -92,7 +90,11 @@ def _inner(a: Any, b: Any) -> Any:
 
 
 def _array(tensor: torch.Tensor) -> jax.Array:
-    return jnp.asarray(tensor.detach().resolve_conj().resolve_neg().numpy())
+    tensor = tensor.detach().clone().resolve_conj().resolve_neg()  # some are torch's zeros without memory
+    if tensor.itemsize // (1 + tensor.is_complex()) >= 4 or not is_inexact(tensor):
+        return jnp.asarray(tensor.numpy())
+    wide = tensor.to(torch.complex64 if tensor.is_complex() else torch.float32)
+    return jnp.asarray(wide.numpy()).astype("bfloat16" if tensor.dtype == torch.bfloat16 else wide.numpy().dtype)
 
 
 # --- in torch --------------------------------------------------------------------------------------
@@ -140,9 +142,7 @@ def _verdicts(every: Programs, points: list[Case]) -> Iterator[tuple[str, dict[s
         return {name: every[name](*given) for name, given in operands.items()}
 
     known = [name for name in every if not any(isinstance(x, Exception) for x in right[name])]
-    compiled = [
-        _attempt(together, {name: arguments(name, point) for name in known}) for point in points
-    ]
+    compiled = [_attempt(together, {name: arguments(name, point) for name in known}) for point in points]
     for name, program in every.items():
         failure = next((x for x in right[name] if isinstance(x, Exception)), None)
         if failure is not None:
@@ -217,7 +217,7 @@ def _difference(actual: list[jax.Array], right: list[torch.Tensor], tolerance: f
         return f"{len(actual)} results instead of {len(right)}"
     for i, (a, e) in enumerate(zip(actual, right, strict=True)):
         wide = torch.complex128 if e.is_complex() else torch.float64
-        there, here = e.detach().resolve_conj().to(wide).numpy(), np.asarray(a.astype(np.dtype(str(wide)[6:])))
+        there, here = e.detach().clone().resolve_conj().to(wide).numpy(), np.asarray(a.astype(np.dtype(str(wide)[6:])))
         if here.shape != there.shape:
             return f"result {i} has shape {here.shape} instead of {there.shape}"
         known = np.isfinite(there)

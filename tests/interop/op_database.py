@@ -118,7 +118,7 @@ def _case(op: Any, sample: Any) -> Case:
     leaves = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in leaves]
 
     def function(*tensors: torch.Tensor) -> Tensors:
-        given = list(leaves)
+        given = [x.clone() if is_inexact(x) else x for x in leaves]  # running statistics are written into
         for i, x in zip(places, tensors, strict=True):
             given[i] = x
         first, args, kwargs = tree_unflatten(given, treedef)

@@ -183,6 +183,52 @@ with ThreadPoolExecutor(8) as pool:
     run(script)
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["the callable's own", "ours"])
+def test_forward_mode_in_many_threads(run, own):
+    """The levels of torch's forward mode are the process's: one thread's end is not to be another's."""
+    script = """
+def slope(x):
+    return torch.func.jvp(module, (x,), (torch.ones_like(x),))[1] if OWN else module(x)
+
+
+ours = torchleaf.torch_function(slope, replay=False)
+program = jax.jit(lambda x: ours(x) if OWN else jax.jvp(ours, (x,), (jnp.ones_like(x),))[1])
+with torch.no_grad():
+    expected = [torch.func.jvp(module, (x,), (torch.ones_like(x),))[1].numpy() for x in inputs]
+program(xs[0])
+with ThreadPoolExecutor(8) as pool:
+    for _ in range(40):
+        for result, wanted in zip(pool.map(program, xs), expected, strict=True):
+            np.testing.assert_allclose(result, wanted, rtol=1e-4, atol=1e-5)
+"""
+    run(script.replace("OWN", str(own)))
+
+
+def test_first_runs_in_many_threads(run):
+    """One thread makes the proof that a plan is right, the others wait for it."""
+    script = """
+hooked = torchleaf.torch_function(lambda x: hook(module(x)).sum())
+
+
+def hook(y):
+    if y.requires_grad:
+        y.register_hook(lambda g: 3 * g)  # not attached by torch.func.vmap
+    return y
+
+
+with warnings.catch_warnings(record=True) as caught, ThreadPoolExecutor(8) as pool:
+    warnings.simplefilter("always")
+    gradient = jax.jit(jax.grad(lambda x: jax.vmap(hooked)(x).sum()))
+    results = list(pool.map(gradient, xs))
+for result, x in zip(results, inputs, strict=True):
+    x = x.clone().requires_grad_()
+    module(x).sum().backward()
+    np.testing.assert_allclose(result, 3 * x.grad, rtol=1e-4, atol=1e-5)
+assert sum("runs as a loop" in str(w.message) for w in caught) == 1
+"""
+    run(script)
+
+
 def test_two_programs_of_one_module_in_two_threads(run):
     script = """
 def train(i, loss, factor):
