@@ -31,6 +31,7 @@ def pushforward(function: Function, xs: Tensors, tangents: Tensors) -> Tensors:
             # ct -> J^H ct is linear, so its own pullback, at any ct, is t -> J t.
             cotangents = tuple(torch.zeros_like(y).requires_grad_() for y in outs)
             grads = gradients(outs, leaves, cotangents, create_graph=True)
+            _refuse_cut_graphs(outs, leaves, grads)
             return gradients(grads, cotangents, tangents, create_graph=create_graph)
         except RuntimeError as exc:
             if not any(reason in str(exc) for reason in _ONCE_DIFFERENTIABLE):
@@ -40,6 +41,16 @@ def pushforward(function: Function, xs: Tensors, tangents: Tensors) -> Tensors:
 
 
 _ONCE_DIFFERENTIABLE = ("is not implemented", "once_differentiable")
+
+
+def _refuse_cut_graphs(outs: Sequence[torch.Tensor], leaves: Tensors, grads: Tensors) -> None:
+    """Raise where gradients depend on cotangents, but torch keeps no graph of it, as for `torch.cond`."""
+    if all(g.requires_grad for g in grads) or not any(y.requires_grad for y in outs):
+        return
+    ones = tuple(torch.ones_like(y) for y in outs)
+    probe = gradients(outs, leaves, ones, create_graph=False, retain_graph=True)
+    if any(not g.requires_grad and bool(p.any()) for g, p in zip(grads, probe, strict=True)):
+        raise RuntimeError("trying to differentiate twice what torch treats as once_differentiable")
 
 
 def _rows(out: torch.Tensor, leaves: Tensors, tangents: Tensors, *, create_graph: bool) -> torch.Tensor:
