@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:vmap of .*runs as a loop"),
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # in scan's backward pass
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),  # likewise
 ]
 
 
