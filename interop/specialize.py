@@ -154,7 +154,7 @@ class Specialized:
                 f"{self._name} returned {treedef} at run time, but {self._found.treedef} when it was traced (or "
                 "declared by `out_shape`). The structure of the output must not depend on values."
             )
-        if not self._found.fakeable:
+        if self._found.watched:
             self._check_leaves(output, leaves)
         outs = [*(y for y in leaves if isinstance(y, torch.Tensor)), *state]
         return tuple(y if y.dtype == d else y.to(d) for y, d in zip(outs, self._out_dtypes, strict=True))
