@@ -1,6 +1,5 @@
 """`torch_function`: a torch callable as a JAX function over pytrees."""
 
-import contextlib
 import functools
 import inspect
 import sys
@@ -21,10 +20,10 @@ from .call import Aval, Residuals, VmapMethod
 from .device import device_here
 from .errors import TorchCallError
 from .examples import Example, made_examples
-from .host_random import host_generators_kept, host_generators_seeded
-from .kernels import COMPILED, NONE, compiled_code, plain_kernels
+from .kernels import COMPILED, NONE, compiled_code
+from .keyed import with_key
 from .primitive import bind
-from .random import PASS_A_KEY, LateKey, WithKey, key_operand
+from .random import PASS_A_KEY, LateKey, key_operand
 from .signature import Signature
 from .specialize import Specialized
 from .trace import Trace, trace
@@ -75,12 +74,12 @@ def torch_function(
       backward call runs the forward again.
     - `forward_mode`: with False, derivatives go through `jax.custom_vjp` and forward mode raises JAX's message;
       for torch code that has no forward-mode formula.
-    - `replay`: in a compiled program, a call (up to about a second of work, on a CPU) that does not read values runs
-      Python in its first two runs only, as `jax.jit` runs Python once; later runs repeat the torch ops that those
-      ran, if both ran the same. With False, Python runs each time: for functions with side effects.
-    - `out_shape`: a pytree of `jax.ShapeDtypeStruct` like the output, for a function that inspects values
-      and so cannot be traced without computing.
-    - `example_args`: positional arguments to run such a function on once instead, for its output shapes.
+    - `replay`: in a compiled program, a call (up to about a second of work, on a CPU) runs Python in its first two runs
+      only, as `jax.jit` runs Python once; later runs repeat the torch ops that those ran, if both ran the same, and as
+      long as Python would read the same values. With False, Python runs each time: for functions with side effects.
+    - `out_shape`: a pytree of `jax.ShapeDtypeStruct` like the output, for a function whose output shapes depend on
+      values.
+    - `example_args`: positional arguments to run a function on that reads values, where made ones will not do.
 
     **Returns:** a function of the same signature (and `key=`), returning what `fn` returns with `jax.Array`s for
     tensors, in the dtypes torch gives, canonicalised as JAX does. Without `fn`: a decorator.
@@ -244,7 +243,7 @@ class TorchFunction:
         if key is not None:
             words = key_operand(key, self.name)
             avals, names, wanted = [*avals, Aval(words.shape, words.dtype)], [*names, "key"], [*wanted, torch.uint32]
-            function = _with_key(function, kernels=NONE)
+            function = with_key(function, kernels=NONE)
         traced = Traceable(
             function,
             self.name,
@@ -265,7 +264,7 @@ class TorchFunction:
         found = replace(found, fused_kernels=found.fused_kernels | compiled_code(self._fn))
         run = self.runner(fill, found, stateful=stateful)
         if found.random:  # ops in compiled code cannot be seen
-            run = _with_key(run, kernels=found.fused_kernels & {COMPILED}, host=bool(found.host_random))
+            run = with_key(run, kernels=found.fused_kernels & {COMPILED}, host=bool(found.host_random))
         elif key is not None:
             avals, names, wanted = avals[:-1], names[:-1], wanted[:-1]
         return Specialized(
@@ -320,25 +319,6 @@ def _values(operand: Any, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
             return array_to_torch(operand, copy=True).to(dtype)
 
     return make
-
-
-def _with_key(run: Flat, *, kernels: frozenset[str], host: bool = False) -> Flat:
-    """`run` without `kernels`, and with one more operand: the key that random ops draw from, and Python's and NumPy's
-    generators where it draws from the `host`."""
-
-    def keyed(*tensors: torch.Tensor) -> Any:
-        with plain_kernels(kernels), WithKey(tensors[-1]) as mode, _seeded(mode.words) if host else _NO_CHANGE:
-            return run(*tensors[:-1])
-
-    return keyed
-
-
-def _seeded(words: Sequence[Sequence[int]] | None) -> contextlib.AbstractContextManager[None]:
-    """Python's and NumPy's generators seeded by the words of keys; a trace, which has none, leaves them alone."""
-    return host_generators_kept() if words is None else host_generators_seeded([word for row in words for word in row])
-
-
-_NO_CHANGE = contextlib.nullcontext()
 
 
 def _shapes(arguments: Arguments) -> str:

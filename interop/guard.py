@@ -5,6 +5,7 @@ happens, and the run starts again with a copy of that operand, as all later ones
 torch compiles, is not seen: it gets copies of all.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -42,7 +43,8 @@ class Guard(Mode):
         """The operand that was about to be written, also if torch or the callable made another error of it."""
         self.is_exposed = False
         """Whether its memory was about to be handed out, which may mean to be written."""
-        self._protected, self._exposure = protected, Exposure(self._note_exposure)
+        self._protected = protected
+        self._exposure = Exposure(self._note_exposure) if protected else contextlib.nullcontext()
         self._name, self._key_remedy = name, key_remedy
 
     def __enter__(self) -> "Guard":

@@ -92,13 +92,18 @@ def drawn_from(run: Callable[[], Result]) -> tuple[Result, frozenset[str]]:
     Other threads may draw meanwhile, and type checkers, which look at a random item of a list: what moved is looked at
     again, more closely.
     """
-    with host_generators_kept():
-        before = _states()
+    before = _states()
+    try:
         result = run()
-        moved = _moved(before, _states())
+    except BaseException:
+        _set_states(before)
+        raise
+    moved = _moved(before, _states())
     drawn = {_PYTHON} if _PYTHON in moved and _draws_from_pythons(run) else set()
     if _NUMPY in moved and _draws_from_numpys(run):
         drawn.add(_NUMPY)
+    if drawn:
+        _set_states(before)
     return result, frozenset(drawn)
 
 

@@ -92,9 +92,16 @@ def compiling(kernels: frozenset[str], hook: Callable[..., Any]) -> Iterator[Cal
     if COMPILED not in kernels:
         yield hook
         return
-    with warnings.catch_warnings():  # the compiler asks every tensor for `.grad`
-        warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf", UserWarning)
+    with quiet_compiler():
         yield torch.compiler.disable(hook)
+
+
+@contextlib.contextmanager
+def quiet_compiler() -> Iterator[None]:
+    """Without what torch says of its compiler, which asks every tensor for `.grad`."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf", UserWarning)
+        yield
 
 
 def _compiler_is_loaded() -> bool:

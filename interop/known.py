@@ -227,11 +227,9 @@ class KnownConstants(FakeTensorMode):
         """The op on zeros in the place of what is unknown, and nothing but the shapes of what it gives."""
 
         def real(tensor: torch.Tensor) -> torch.Tensor:
-            return (
-                tensor
-                if self._is_known(tensor)
-                else torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-            )
+            if self._is_known(tensor):
+                return tensor
+            return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
         args, kwargs = tree_map_only(torch.Tensor, real, (args, kwargs))
         outs = func(*args, **kwargs)

@@ -1,7 +1,7 @@
 """One run of a torch callable, watched: what it returns, writes into, draws and leaves behind."""
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from .operations import operations
 from .outputs import describe
 from .own_gradients import Asked, wants_gradients
 from .random import draws, refuse
-from .traceable import Traceable
+from .traceable import Flat, Traceable
 
 
 @dataclass(frozen=True)
@@ -109,32 +109,18 @@ def _observe_once(
     traced: Traceable, operands: list[torch.Tensor], fake: KnownConstants | None, *, grad_mode: bool
 ) -> Observation:
     storages = [StorageWeakRef(x.untyped_storage()) for x in operands]
-    watch, exposed = _Watch(traced, storages, fake), dict[int, torch.Tensor]()
-
-    def note_exposure(tensors: Iterable[torch.Tensor]) -> None:
-        for i in watch.exposed(tensors):
-            exposed.setdefault(i, operands[i].detach().clone())
-
-    try:
-        with watch, Exposure(note_exposure, watch.note_list), torch.set_grad_enabled(grad_mode):
-            output, after = traced.function(*operands)
-            described = describe(output, traced.name)
-            watch.mutated |= {i for i, before in exposed.items() if not torch.equal(before, operands[i])}
-            state, restored = watch.changes(traced, operands, after)
-    except TorchCallError:
-        raise
-    except Exception as exc:
-        raise watch.refusal or exc from None if watch.refusal else exc
-    if watch.refusal is not None:  # which the callable caught
-        raise watch.refusal
-    mutated = watch.mutated | {  # by `tensor.data = ...`
-        i for i, (x, s) in enumerate(zip(operands, storages, strict=True)) if storage_of(x) != s.cdata
-    }
+    watch = _Watch(traced, storages, fake)
+    output, after = watch.run(traced.function, operands, grad_mode)
+    treedef, leaves = describe(output, traced.name)
+    mutated = watch.mutated | watch.changed_unseen(operands)
+    state, restored = watch.changes(traced, operands, after)
     del output, after
     operands.clear()
+    watch.forget()
     _refuse_escapes(traced, storages)
     return Observation(
-        *described,
+        treedef,
+        leaves,
         mutated=frozenset(mutated),
         state=tuple(i for i in traced.state_operands if i in state or i in mutated),
         restored=frozenset(restored - mutated),
@@ -179,8 +165,6 @@ class _Watch(Mode):
 
     def __init__(self, traced: Traceable, storages: Sequence[StorageWeakRef], fake: KnownConstants | None):
         super().__init__()
-        self.refusal: TorchCallError | None = None
-        """Why the callable cannot be called: torch's interpreter makes another exception of it, or code catches it."""
         self.mutated: set[int] = set()
         self.fused_kernels: set[str] = set()
         self.operations = 0.0
@@ -189,10 +173,41 @@ class _Watch(Mode):
         self.checkpoints: Checkpoints = "none"
         self.steps = 0
         self._name, self._fake, self._foreign = traced.name, fake, traced.foreign
+        self._refusal: TorchCallError | None = None  # why the callable cannot be called
+        self._storages = [s.cdata for s in storages]
+        self._exposed: dict[int, torch.Tensor] = {}  # what operands were before their memory was handed out
+        self._operands: Sequence[torch.Tensor] = ()
         self._key_remedy = None if traced.has_key else traced.key_remedy
         self._operand_of = {s.cdata: i for i, s in enumerate(storages)}
         self._copies: dict[int, int] = {}  # storages that hold the value of an operand
-        self._made: dict[int, StorageWeakRef] = {}  # storages that ops made, whose addresses are not used again
+        self._made: dict[int, StorageWeakRef] = {}  # these and, of real ones, all that ops made
+
+    def run(self, function: Flat, operands: Sequence[torch.Tensor], grad_mode: bool) -> tuple[Any, Sequence[Any]]:
+        """What the callable returns."""
+        self._operands = operands
+        result: Any = None
+        try:
+            with self, Exposure(self._note_exposure, self._note_list), torch.set_grad_enabled(grad_mode):
+                result = function(*operands)
+        except TorchCallError:
+            raise
+        except Exception:
+            if self._refusal is None:
+                raise
+        if self._refusal is not None:  # which the callable caught, or torch's interpreter made another error of
+            raise self._refusal
+        return result
+
+    def forget(self) -> None:
+        """Let go of the operands."""
+        self._operands = ()
+        self._exposed.clear()
+
+    def changed_unseen(self, operands: Sequence[torch.Tensor]) -> set[int]:
+        """Operands that changed past torch's dispatcher, or by `tensor.data = ...`."""
+        pairs = zip(operands, self._storages, strict=True)
+        replaced = {i for i, (x, storage) in enumerate(pairs) if storage_of(x) != storage}
+        return replaced | {i for i, before in self._exposed.items() if not torch.equal(before, operands[i])}
 
     def changes(self, traced: Traceable, operands: Sequence[Any], after: Sequence[Any]) -> tuple[set[int], set[int]]:
         """State operands in whose place other values are, and those in whose place their own values are."""
@@ -240,18 +255,18 @@ class _Watch(Mode):
             self.reads.append(output)
         return output
 
-    def note_list(self, tensor: torch.Tensor, values: Any) -> None:
+    def _note_list(self, tensor: torch.Tensor, values: Any) -> None:
         """A tensor's values were read past torch's dispatcher; those of a fake tensor are, one by one, by ops."""
         if self._fake is None:
             self.reads += tree_leaves(values)
 
-    def exposed(self, tensors: Iterable[torch.Tensor]) -> Iterator[int]:
-        """The operands among tensors whose memory is handed out; it need not be one of a captured tensor."""
+    def _note_exposure(self, tensors: Iterable[torch.Tensor]) -> None:
+        """The memory of tensors is handed out; it need not be that of an operand."""
         for tensor in filter(has_storage, tensors):
             operand = self._operand_of.get(storage_of(tensor))
             self.leaves_torch |= operand is not None or not self._is_captured(tensor)
             if operand is not None and self._fake is None:
-                yield operand
+                self._exposed.setdefault(operand, self._operands[operand].detach().clone())
 
     def _refuse_foreign(self, tensor: torch.Tensor) -> None:
         is_own = isinstance(tensor, FakeTensor) or not has_storage(tensor)
@@ -288,16 +303,17 @@ class _Watch(Mode):
             storage = storage_of(out)
             if storage in storages:
                 continue
-            if self._fake is None:
+            is_copy = func in _COPYING and out.dtype == given[0].dtype and fills_storage(given[0])
+            if is_copy and storage_of(given[0]) in self._operand_of:
+                self._copies[storage] = self._operand_of[storage_of(given[0])]
+            if self._fake is None or storage in self._copies:  # so that its address is not used again
                 self._made[storage] = StorageWeakRef(out.untyped_storage())
-            if func in _COPYING and out.dtype == given[0].dtype and fills_storage(given[0]):
-                self._copies[storage] = self._operand_of.get(storage_of(given[0]), -1)
         self.makes_shapes |= torch.Tag.dynamic_output_shape in func.tags or (
             func is _INDEX and any(x.dtype in (torch.bool, torch.uint8) for x in given[1:])
         )
 
     def _refuse(self, error: TorchCallError) -> TorchCallError:
-        self.refusal = self.refusal or error
+        self._refusal = self._refusal or error
         return error
 
 

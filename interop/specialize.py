@@ -11,7 +11,7 @@ from . import ambient, dtypes, guard
 from .call import Aval, Base, Tensors
 from .errors import TorchCallError
 from .guard import Guard
-from .kernels import HIGHER_ORDER, UNRECORDED
+from .kernels import HIGHER_ORDER, UNRECORDED, quiet_compiler
 from .memory import storage_of
 from .narrow import narrowed
 from .static import static_key
@@ -148,7 +148,9 @@ class Specialized:
         return tuple(converted)
 
     def _run_on(self, tensors: Tensors) -> Tensors:
-        with ambient.autocast(self._autocast) if self._autocast else _NO_CHANGE:
+        compiles = HIGHER_ORDER in self._found.fused_kernels
+        autocast = ambient.autocast(self._autocast) if self._autocast else _NO_CHANGE
+        with autocast, quiet_compiler() if compiles else _NO_CHANGE:
             output, state = self._function(*tensors)
         if self._is_tensor and type(output) is torch.Tensor:
             leaves, treedef = [output], self._found.treedef
@@ -159,7 +161,7 @@ class Specialized:
                 f"{self._name} returned {treedef} at run time, but {self._found.treedef} when it was traced (or "
                 "declared by `out_shape`). The structure of the output must not depend on values."
             )
-        if not self._found.fakeable:
+        if self._found.watched:
             self._check_leaves(output, leaves)
         outs = [*(y for y in leaves if isinstance(y, torch.Tensor)), *state]
         return tuple(

@@ -146,7 +146,8 @@ def _on_examples(
         ) from failure
     if not found:
         return _anything(traced, shown)
-    is_steady = not (found[0].host_random or found[0].makes_shapes) and _goes_on_with(traced, found[0].reads)
+    only_ops = not any(one.random or one.host_random or one.makes_shapes for one in found)
+    is_steady = only_ops and _goes_on_with(traced, found[0].reads)
     return _together(traced, found, shown, leaves_torch=_leaves_torch(failure, first), steady=is_steady)
 
 
@@ -187,7 +188,7 @@ def _together(
         host_random=frozenset().union(*(one.host_random for one in found)),
         fakeable=False,
         watched=True,
-        steady=steady and not any(one.random for one in found),
+        steady=steady,
     )
 
 

@@ -241,20 +241,17 @@ def test_wav2vec2_under_vmap_in_training():
 
 
 def test_layers_dropped_at_random():
-    """Its `layerdrop` branches on a random number, so a first call in a compiled function needs the output's shape."""
+    """Its `layerdrop` branches on a random number, which decides nothing about shapes."""
     module, inputs = wav2vec2(layerdrop=0.5).train(), torchleaf.to_jax(inputs_for("wav2vec2"))
     keys = jax.random.split(jax.random.key(0), 12)
 
     def encode(model, key):
         return model(**inputs, key=key).last_hidden_state
 
-    expected = [encode(torchleaf.TorchModule(module), key) for key in keys]
-    assert 1 < len({raw_bytes(x) for x in expected}) <= 4  # two layers, each there or not
-    with pytest.raises(torchleaf.TorchCallError, match="out_shape"):
-        eqx.filter_jit(encode)(torchleaf.TorchModule(module), keys[0])
-    shapes = eqx.filter_eval_shape(torchleaf.TorchModule(module.eval()), **inputs)
-    model = torchleaf.TorchModule(module.train(), out_shape=shapes)
     jitted = eqx.filter_jit(encode)
-    assert_trees_close([jitted(model, key) for key in keys], expected)
+    model = torchleaf.TorchModule(module)
+    results = [jitted(model, key) for key in keys]
+    assert 1 < len({raw_bytes(x) for x in results}) <= 4  # two layers, each there or not
+    assert_trees_close([encode(torchleaf.TorchModule(module), key) for key in keys[:4]], results[:4])
     grads = eqx.filter_jit(eqx.filter_grad(lambda m, key: (encode(m, key) ** 2).sum()))(model, keys[0])
     assert all(jnp.isfinite(g).all() for g in grads.params.values())
