@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 
 from . import dtypes, scope
-from .call import Aval, Linearized, Tensors, TorchCall, VmapMethod, take
+from .call import Aval, Level, Linearized, Tensors, TorchCall, VmapMethod, take
 from .errors import StateError, TorchCallError
 from .plan import Plan
 from .trial import trial_run
@@ -39,7 +39,7 @@ def vmap(call: TorchCall, in_dims: Dims, size: int) -> "Vmap":
     return call.derive(Vmap, in_dims, out_dims, size, call.base.vmap_method)
 
 
-class Vmap(TorchCall):
+class Vmap(Level):
     """`inner` over a batch axis, at `in_dims` of its operands and `out_dims` of its outputs."""
 
     def __init__(self, inner: TorchCall, in_dims: Dims, out_dims: Dims, size: int, method: VmapMethod):

@@ -25,7 +25,7 @@ from .choice import Choice
 from .dtypes import is_inexact
 from .errors import quote, signature_text
 from .kernels import FUSED, NONE, UNRECORDED, chosen, lacking_derivatives, refuse_scripted
-from .plan import CERTAIN, Plan, Transform
+from .plan import Plan, Transform
 from .repeated import LARGE, Repeated
 from .tangents import in_forward_mode, stopped_by_no_grad
 
@@ -59,8 +59,6 @@ class TorchCall:
     makes_handle: bool = False
     """Whether the last output is one."""
 
-    inner: "TorchCall | None" = None
-    """The call it is built on."""
     depth: int = 0
     """How many levels it is away from the user's callable."""
     transform: Transform | None = None
@@ -79,7 +77,7 @@ class TorchCall:
 
     def levels(self) -> "list[TorchCall]":
         """The call, the one it is built on, and so forth; without the user's callable."""
-        return [] if self.inner is None else [self, *self.inner.levels()]
+        return []
 
     def compute(self, plan: Plan, *tensors: torch.Tensor) -> Tensors:
         """Compute by a plan."""
@@ -229,6 +227,16 @@ class TorchCall:
 
     def __repr__(self) -> str:
         return self.name
+
+
+class Level(TorchCall):
+    """A call built on another: a derivative of it, a batch, a half."""
+
+    inner: TorchCall
+    """The call it is built on."""
+
+    def levels(self) -> list[TorchCall]:
+        return [self, *self.inner.levels()]
 
 
 class Base(TorchCall):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import residuals, reverse
-from .call import Linearized, Tensors, TorchCall, take
+from .call import Level, Linearized, Tensors, TorchCall, take
 from .differences import central_difference
 from .errors import TorchCallError
 from .graph import Graph
@@ -39,7 +39,7 @@ def linearize(call: TorchCall, active: tuple[int, ...]) -> Linearized:
     )
 
 
-class _Derivative(TorchCall):
+class _Derivative(Level):
     """What `Jvp` and `Vjp` share.
 
     Operands: those of `inner`, then (if `live`) the handle of its graph, then the linear ones.

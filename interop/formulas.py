@@ -47,7 +47,8 @@ class Composed(TorchFunctionMode):
         self._functions = {f: composed for name in formulas for f, composed in _FUNCTIONS[name].items()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self._functions.get(func, func)(*args, **(kwargs or {}))
+        function: Callable[..., Any] = self._functions.get(func, func)
+        return function(*args, **(kwargs or {}))
 
 
 def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:
@@ -169,7 +170,7 @@ def _of_aten(composed: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _FUNCTIONS: dict[str, dict[Any, Callable[..., Any]]] = {
-    "weight norm": {torch._weight_norm: _weight_norm},
+    "weight norm": {torch._weight_norm: _weight_norm},  # pyright: ignore[reportPrivateImportUsage]
     "layer norm": {F.layer_norm: _layer_norm, torch.layer_norm: _layer_norm},
     "native layer norm": {torch.native_layer_norm: _native_layer_norm},
     "batch norm": {

@@ -73,8 +73,8 @@ def _scripted(kernel: str) -> str:
 
 
 def _in_script() -> bool:
-    trace = torch._C._profiler.gather_traceback(False, True, False)
-    return any(torch._C._profiler.symbolize_tracebacks([trace]))
+    profiler = torch._C._profiler  # pyright: ignore[reportAttributeAccessIssue]
+    return any(profiler.symbolize_tracebacks([profiler.gather_traceback(False, True, False)]))
 
 
 def compiled_code(function: Callable[..., Any]) -> frozenset[str]:

@@ -9,7 +9,7 @@ Under vmap one graph holds the whole batch: operands that all examples share ent
 import torch
 
 from .batching import vmap
-from .call import Tensors, TorchCall
+from .call import Level, Tensors, TorchCall
 from .derivative import Vjp
 from .graph import Batch, Graph, Tape
 from .handles import HANDLE, handle_of, number_of
@@ -17,7 +17,7 @@ from .repeated import Repeated
 from .residuals import Shelf, drop, hand_over
 
 
-class Save(TorchCall):
+class Save(Level):
     """`inner`, with one more output: the handle of its autograd graph with respect to `active`.
 
     With a `batch`, the same over a batch axis, its graph giving the gradients of each example.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from . import kernels
+from .call import Checkpoints
 from .device_random import can_draw
 from .errors import TorchCallError, quote, signature_text
 from .examples import Example
@@ -123,7 +124,11 @@ def _is_same_without_gradients(traced: Traceable, found: Observation) -> bool:
 
 
 def _apart_from_operations(found: Observation) -> dict[str, Any]:
-    return {field.name: getattr(found, field.name) for field in fields(found) if field.compare and field.name != "operations"}
+    return {
+        field.name: getattr(found, field.name)
+        for field in fields(found)
+        if field.compare and field.name != "operations"
+    }
 
 
 # --- on values -----------------------------------------------------------------------------------
@@ -165,6 +170,9 @@ def _goes_on_with(traced: Traceable, reads: Sequence[Any]) -> bool:
 _MOST_READS = 1000
 
 
+_CHECKPOINTS: tuple[Checkpoints, ...] = ("none", "kept", "reentrant")
+
+
 def _together(
     traced: Traceable, found: Sequence[Observation], output: Output, *, leaves_torch: bool, steady: bool = False
 ) -> Trace:
@@ -180,7 +188,7 @@ def _together(
         operations=max(one.operations for one in found),
         random=traced.has_key,
         captures=True,
-        checkpoints=max((one.checkpoints for one in found), key=("none", "kept", "reentrant").index),
+        checkpoints=_CHECKPOINTS[max(_CHECKPOINTS.index(one.checkpoints) for one in found)],
         differentiates=any(one.differentiates for one in found),
         makes_shapes=any(one.makes_shapes for one in found),
         leaves_torch=leaves_torch or any(one.leaves_torch for one in found),
