@@ -47,7 +47,7 @@ class Composed(TorchFunctionMode):
         self._functions = {f: composed for name in formulas for f, composed in _FUNCTIONS[name].items()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        function: Callable[..., Any] = self._functions.get(func, func)
+        function = self._functions[func] if func in self._functions else func
         return function(*args, **(kwargs or {}))
 
 
