@@ -47,8 +47,7 @@ class Composed(TorchFunctionMode):
         self._functions = {f: composed for name in formulas for f, composed in _FUNCTIONS[name].items()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        function = self._functions[func] if func in self._functions else func
-        return function(*args, **(kwargs or {}))
+        return (self._functions.get(func) or func)(*args, **(kwargs or {}))
 
 
 def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:
