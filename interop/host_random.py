@@ -6,6 +6,7 @@ generators are the process's own: other threads that draw meanwhile draw from th
 """
 
 import contextlib
+import cProfile
 import hashlib
 import random
 import sys
@@ -100,7 +101,7 @@ def drawn_from(run: Callable[[], Result]) -> tuple[Result, frozenset[str]]:
         raise
     moved = _moved(before, _states())
     drawn = {_PYTHON} if _PYTHON in moved and _draws_from_pythons(run) else set()
-    if _NUMPY in moved and _draws_from_numpys(run):
+    if _NUMPY in moved and _moves(run, _NUMPY):
         drawn.add(_NUMPY)
     if drawn:
         _set_states(before)
@@ -108,7 +109,7 @@ def drawn_from(run: Callable[[], Result]) -> tuple[Result, frozenset[str]]:
 
 
 def _draws_from_pythons(run: Callable[[], Any]) -> bool:
-    """Whether a run, in this thread, draws from Python's generator, if that can be seen."""
+    """Whether a run draws from Python's generator: in this thread, and not to check types."""
     callers: list[str] = []
 
     def note(frame: Any, event: str, function: Any) -> None:
@@ -117,14 +118,26 @@ def _draws_from_pythons(run: Callable[[], Any]) -> bool:
                 frame = frame.f_back
             callers.append(frame.f_code.co_filename)
 
-    if sys.getprofile() is not None:
-        return True
+    with _profiled(note):
+        _end_of(run)
+    if callers:
+        return not all(name.startswith("<@beartype") for name in callers)
+    return _moves(run, _PYTHON)  # by calls that cannot be seen, or another thread does
+
+
+@contextlib.contextmanager
+def _profiled(note: Callable[[Any, str, Any], None]) -> Iterator[None]:
+    """Within it, `note` is this thread's profile function; a profiler of the user's pauses."""
+    before = sys.getprofile()
     sys.setprofile(note)
     try:
-        _end_of(run)
+        yield
     finally:
-        sys.setprofile(None)
-    return not callers or not all(name.startswith("<@beartype") for name in callers)
+        if isinstance(before, cProfile.Profile):  # no Python function
+            sys.setprofile(None)
+            before.enable()
+        else:
+            sys.setprofile(before)
 
 
 _generator = random.seed.__self__  # pyright: ignore[reportFunctionMemberAccess]
@@ -132,14 +145,14 @@ _DRAWS = ("random", "getrandbits")
 """What all other methods of it call."""
 
 
-def _draws_from_numpys(run: Callable[[], Any]) -> bool:
-    """Whether two runs from the same state leave NumPy's generator in the same other state."""
+def _moves(run: Callable[[], Any], generator: str) -> bool:
+    """Whether two runs from the same state leave a generator in the same other state."""
     start = _end_of(lambda: None)
     for _ in range(_TRIES):
         first, second = _end_of(run), _end_of(run)
-        if _NUMPY not in _moved(start, first):
+        if generator not in _moved(start, first):
             return False
-        if _NUMPY not in _moved(first, second):
+        if generator not in _moved(first, second):
             return True
     return False  # another thread draws all the time
 

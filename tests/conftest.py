@@ -1,11 +1,18 @@
 """Shared fixtures: reproducible random numbers, 64-bit mode, the GPU marker."""
 
 import gc
+import random
 
+import beartype._check.code.codemain as type_checks
 import jax
 import numpy as np
 import pytest
 import torch
+
+# Type checks look at random items of lists. In a generator of their own: torchleaf looks closely, and slowly, at who
+# draws from Python's during a trace.
+assert type_checks.getrandbits == random.getrandbits
+type_checks.getrandbits = random.Random(0).getrandbits
 
 torch.set_num_threads(1)  # the suite's processes share the cores; teams of spinning threads would slow all of them
 

@@ -1,9 +1,13 @@
 """Random numbers of Python and NumPy come from the key, as torch's do: the same in every run, and none without one."""
 
+import contextlib
+import cProfile
 import random
+import sys
 import threading
 
 import beartype
+import beartype._check.code.codemain as type_checks
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -183,7 +187,7 @@ def test_another_thread_that_draws_is_no_draw_of_the_function():
 
 
 def test_pythons_generator_stays_as_it_is():
-    """Neither a trace nor a run moves it, and who puts it back draws nothing. (In these tests beartype moves it.)"""
+    """Neither a trace nor a run moves it, and who puts it back draws nothing."""
     script = """
         import random, jax, jax.numpy as jnp, torch, torchleaf
         function = torchleaf.torch_function(lambda x: x * random.random())
@@ -205,14 +209,25 @@ def test_pythons_generator_stays_as_it_is():
     run_python(script)
 
 
-def test_a_type_checker_draws_nothing_for_the_function():
+@pytest.mark.parametrize("profiled", [False, True], ids=["", "under a profiler"])
+def test_a_type_checker_draws_nothing_for_the_function(profiled, monkeypatch):
     """beartype looks at a random item of a list, which no result depends on."""
+    monkeypatch.setattr(type_checks, "getrandbits", random.getrandbits)  # see conftest.py
+
+    class Other:
+        """For a type that has not been checked before: beartype keeps the code for those."""
 
     @beartype.beartype
-    def checked(rows: list[torch.Tensor]) -> torch.Tensor:
+    def checked(rows: list[torch.Tensor | Other]) -> torch.Tensor:
         return torch.stack(rows).sum(0)
 
-    assert_trees_close(torch_function(lambda x: checked([x, x * 2]))(X), 3 * X)
+    before = random.getstate()
+    with cProfile.Profile() if profiled else contextlib.nullcontext():
+        assert_trees_close(torch_function(lambda x: checked([x, x * 2]))(X), 3 * X)
+        assert random.getstate() != before
+        with pytest.raises(RandomnessError, match="Python's random"):
+            torch_function(lambda x: checked([x, x * random.random()]))(X)
+        assert (sys.getprofile() is not None) == profiled or sys.version_info >= (3, 12)
 
 
 # --- torch.Generator objects ---------------------------------------------------------------------------
