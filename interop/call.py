@@ -253,6 +253,7 @@ class Base(TorchCall):
     - `pure`: whether it runs the same ops each time for the same values, so far as a trace tells.
     - `reads`: the values it reads with some operands, if it does nothing but ops with them; None if it may.
     - `captures`: whether it computes with tensors of its own, as far as is known.
+    - `precision`: the bytes of the least precise real number among what it computes.
     - `grad_mode`: whether `function` has to run in torch's default grad mode in any case.
     - `foreign`: storages that must not be met, each with what it is (`traceable.py`).
     - `trainable`: operands that are parameters of a module.
@@ -281,6 +282,7 @@ class Base(TorchCall):
         fakeable: bool,
         pure: bool,
         captures: bool,
+        precision: int,
         reads: tuple[Any, ...] | None,
         grad_mode: bool,
         foreign: Mapping[int, str],
@@ -299,7 +301,7 @@ class Base(TorchCall):
         self.function, self.name, self._operand_names = function, name, operand_names
         self.operations, self.device, self.fused_kernels = operations, device, fused_kernels
         self.fakeable, self.pure, self.reads, self.grad_mode = fakeable, pure, reads, grad_mode
-        self.captures = captures
+        self.captures, self.precision = captures, precision
         self.in_avals, self.out_avals, self.state = tuple(in_avals), tuple(out_avals), state
         self.in_axes, self.out_axes = ({},) * len(in_avals), ({},) * len(out_avals)
         self.buffers, self.foreign = buffers, foreign

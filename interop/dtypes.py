@@ -1,5 +1,6 @@
 """Which torch dtype stands for which JAX dtype, and what JAX makes of torch's 64-bit ones."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -41,6 +42,12 @@ def to_jax_dtype(dtype: torch.dtype) -> np.dtype:
             f"{dtype} has no JAX counterpart; convert the tensor first, e.g. with "
             "`.dequantize()` or `.to(torch.float32)`."
         ) from None
+
+
+def precision_of(tensors: Iterable[torch.Tensor]) -> int:
+    """The bytes of the least precise real number among tensors; 8 if there is none."""
+    inexact = (x for x in tensors if x.is_floating_point() or x.is_complex())
+    return min((x.itemsize // (1 + x.is_complex()) for x in inexact), default=8)
 
 
 def has_torch_dtype(dtype: Any) -> bool:

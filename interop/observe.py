@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from . import kernels
 from .aten import bound, in_checkpoint, in_reentrant_checkpoint, reads_values, tensors_in, written
 from .call import Aval, Checkpoints
+from .dtypes import precision_of
 from .errors import CapturedWriteError, ForeignTensorError, StateError, TorchCallError, signature_text
 from .guard import Exposure
 from .known import KnownConstants
@@ -58,6 +59,8 @@ class Observation:
     """Python's and NumPy's generators that it drew from."""
     differentiates: bool = False
     """Whether parameters have to require gradients in any case (`own_gradients.py`)."""
+    precision: int = 8
+    """The bytes of the least precise real number among what it computes, but for scalars."""
     steps: int = field(default=0, compare=False)
     """Stands for the ops that it ran, one after another."""
 
@@ -132,6 +135,7 @@ def _observe_once(
         makes_shapes=watch.makes_shapes,
         leaves_torch=watch.leaves_torch,
         reads=tuple(watch.reads),
+        precision=watch.precision,
         steps=watch.steps,
     )
 
@@ -171,7 +175,7 @@ class _Watch(Mode):
         self.reads: list[Any] = []
         self.random = self.captures = self.makes_shapes = self.leaves_torch = False
         self.checkpoints: Checkpoints = "none"
-        self.steps = 0
+        self.steps, self.precision = 0, 8
         self._name, self._fake, self._foreign = traced.name, fake, traced.foreign
         self._refusal: TorchCallError | None = None  # why the callable cannot be called
         self._storages = [s.cdata for s in storages]
@@ -299,7 +303,9 @@ class _Watch(Mode):
         given = [x for x in tensors_in(*args, *kwargs.values()) if has_storage(x)]
         self.captures |= any(storage_of(x) not in self._operand_of and self._is_captured(x) for x in given)
         storages = set(map(storage_of, given)) if func is not _LIFT else set()
-        for out in filter(has_storage, tensors_in(output)):
+        outs = [x for x in tensors_in(output) if has_storage(x)]
+        self.precision = min(self.precision, precision_of(x for x in outs if x.ndim))
+        for out in outs:
             storage = storage_of(out)
             if storage in storages:
                 continue

@@ -83,7 +83,7 @@ def _compare(call: "TorchCall", plan: Plan, operands: "Tensors") -> tuple[str | 
 
 def _expected(call: "TorchCall", operands: "Tensors") -> tuple["Tensors", float]:
     """What the call gives for certain, and how far off other results may be, in relation to the largest value."""
-    n_bytes = _precision(operands)
+    n_bytes = _precision(call, operands)
     products = [level.depth for level in call.levels() if level.transform == "jvp"]
     has_differences = bool(products) and n_bytes in _OF_DIFFERENCES
     if not (has_differences and call.operations > LARGE):
@@ -98,7 +98,7 @@ def _expected(call: "TorchCall", operands: "Tensors") -> tuple["Tensors", float]
 def _rounding(call: "TorchCall", operands: "Tensors", expected: "Tensors") -> list[float]:
     """How much each output changes with operands that change in their last digits."""
     distances = [0.0] * len(expected)
-    for amount in _ROUNDING[_precision(operands)]:
+    for amount in _ROUNDING[_precision(call, operands)]:
         with contextlib.suppress(Exception):  # the call need not be defined there
             nearby, _ = _expected(call, _moved(call, operands, amount))
             found = [_distance(n, e) for n, e in zip(nearby, expected, strict=True)]
@@ -203,6 +203,6 @@ def _is_inexact(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def _precision(tensors: "Tensors") -> int:
-    """The bytes of the least precise real number among tensors."""
-    return min((x.itemsize // (1 + x.is_complex()) for x in tensors if _is_inexact(x)), default=8)
+def _precision(call: "TorchCall", operands: "Tensors") -> int:
+    """The bytes of the least precise real number that a call computes with."""
+    return min(call.base.precision, dtypes.precision_of(operands))

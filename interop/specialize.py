@@ -74,6 +74,7 @@ class Specialized:
             pure=found.steady,
             reads=found.reads if found.steady and not found.fakeable else None,
             captures=found.captures,
+            precision=found.precision,
             grad_mode=found.grad_mode,
             differentiates=found.differentiates,
             checkpoints=found.checkpoints,

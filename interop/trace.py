@@ -190,6 +190,7 @@ def _together(
         captures=True,
         checkpoints=_CHECKPOINTS[max(_CHECKPOINTS.index(one.checkpoints) for one in found)],
         differentiates=any(one.differentiates for one in found),
+        precision=min(one.precision for one in found),
         makes_shapes=any(one.makes_shapes for one in found),
         leaves_torch=leaves_torch or any(one.leaves_torch for one in found),
         reads=found[0].reads,

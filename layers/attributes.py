@@ -114,7 +114,7 @@ class _Namespace(_Place):
         found = [(name, items.get(name, _ABSENT), namespace.get(name, _ABSENT)) for name in names]
         namespace.clear()
         namespace.update(items)
-        changes = (self._change(*one) for one in found if one[1] is not one[2])
+        changes = (self._change(*one) for one in found if not _is(*one[1:]))
         return [change for change in changes if change is not None]
 
     def _change(self, name: str, before: Any, after: Any) -> Change | None:
@@ -184,7 +184,8 @@ class _Generator(_Place):
 
 
 def _is(a: Any, b: Any) -> bool:
-    return a is b
+    """Whether two values are the very same; tuples in which weights are put and taken out are made anew."""
+    return a is b or (isinstance(a, tuple) and type(a) is type(b) and len(a) == len(b) and all(map(_is, a, b)))
 
 
 def _is_equal(before: Any, after: Any) -> bool:

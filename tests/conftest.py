@@ -52,7 +52,7 @@ def each_remat(request, monkeypatch):
     before = getattr(jax.config, "jax_remat3", None)
     if HAS_REMAT3:
         jax.config.update("jax_remat3", request.param == "remat3")
-    yield
+    yield request.param
     if HAS_REMAT3:
         jax.config.update("jax_remat3", before)
 

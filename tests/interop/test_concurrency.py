@@ -193,7 +193,8 @@ def slope(x):
 
 ours = torchleaf.torch_function(slope, replay=False)
 program = jax.jit(lambda x: ours(x) if OWN else jax.jvp(ours, (x,), (jnp.ones_like(x),))[1])
-with torch.no_grad():
+with torch.no_grad(), warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch's own, of TorchScript
     expected = [torch.func.jvp(module, (x,), (torch.ones_like(x),))[1].numpy() for x in inputs]
 program(xs[0])
 with ThreadPoolExecutor(8) as pool:
