@@ -1,7 +1,9 @@
 """Shared fixtures: reproducible random numbers, 64-bit mode, the GPU marker."""
 
+import collections
 import gc
 import random
+import zlib
 
 import beartype._check.code.codemain as type_checks
 import jax
@@ -17,7 +19,34 @@ type_checks.getrandbits = random.Random(0).getrandbits
 torch.set_num_threads(1)  # the suite's processes share the cores; teams of spinning threads would slow all of them
 
 
-def pytest_collection_modifyitems(items):
+MOST_CASES = 8
+"""How many cases of one test a run takes, of the hundreds that some have; `--whole` takes all."""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--whole", action="store_true", help=f"all cases of each test, not {MOST_CASES} at most")
+
+
+def pytest_collection_modifyitems(config, items):
+    _mark_gpu_tests(items)
+    asked_for = config.option.keyword or any("::" in arg for arg in config.args)
+    if not (config.option.whole or asked_for):
+        left_out = set(_left_out(items))
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _left_out(items):
+    """The cases of large tests that a run does without: always the same ones, of all frameworks, ops and layers."""
+    tests = collections.defaultdict(list)
+    for item in items:
+        if "slow" not in item.keywords:
+            tests[item.nodeid.partition("[")[0]].append(item)
+    for cases in tests.values():
+        yield from sorted(cases, key=lambda item: zlib.crc32(item.nodeid.encode()))[MOST_CASES:]
+
+
+def _mark_gpu_tests(items):
     has_gpu = torch.cuda.is_available() and any(d.platform == "gpu" for d in jax.devices())
     for item in items:
         if "gpu" in item.keywords and not has_gpu:
