@@ -40,7 +40,7 @@ def test_modules_have_a_wrapper_of_their_own():
             lambda x: torch_function(linear)(x, jnp.ones((4, 5)), bias=jnp.ones(4)),
             TorchCallError,
             r"(?s)linear failed on operands \(x: float32\[2, 3\], weight: float32\[4, 5\], bias: float32\[4\]\)"
-            r".*torch said: RuntimeError: .*\(2x3 and 5x4)",
+            r".*torch said: RuntimeError: .*\(2x3 and 5x4\)",
         ),
         (
             lambda x: torch_function(torch.matmul)(x, x),
