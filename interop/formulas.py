@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
+
+from .function_modes import FunctionMode
 
 Optional = torch.Tensor | None
 
@@ -39,7 +40,7 @@ WRONG_TWICE = frozenset({"weight norm", "native layer norm", "determinant", "lin
 """Those that are wrong in second derivatives already."""
 
 
-class Composed(TorchFunctionMode):
+class Composed(FunctionMode):
     """Within it, calls of ops by these formulas are composed of others."""
 
     def __init__(self, formulas: frozenset[str]):

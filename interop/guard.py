@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch._functorch import pyfunctorch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .aten import STATISTICS, bound, written
+from .function_modes import FunctionMode
 from .memory import has_storage, storage_of
 from .modes import Mode
 from .random import draws, refuse
@@ -78,7 +78,7 @@ class Guard(Mode):
             raise
 
 
-class Exposure(TorchFunctionMode):
+class Exposure(FunctionMode):
     """Within it, `seen` is called with tensors whose memory is about to be handed out, and `listed` with the values of
     tensors that were made lists."""
 

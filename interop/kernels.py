@@ -10,7 +10,6 @@ gradient must be of one function.
 
 import contextlib
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -20,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import formulas
 from .errors import TorchCallError
+from .switches import Switch
 from .tangents import one_at_a_time, uses_forward_mode
 
 NONE: frozenset[str] = frozenset()
@@ -132,35 +132,13 @@ def _without_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-class _Shared:
-    """A global switch of torch's that several threads hold at once: off with the first, on after the last."""
-
-    def __init__(self, enter: Callable[[], contextlib.AbstractContextManager[Any]]):
-        self._enter, self._lock = enter, threading.Lock()
-        self._users, self._exit = 0, contextlib.ExitStack()
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        with self._lock:
-            self._users += 1
-            if self._users == 1:
-                self._exit.enter_context(self._enter())
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._users -= 1
-                if self._users == 0:
-                    self._exit.close()
-
-
-_ONEDNN = _Shared(lambda: _without(torch.backends.mkldnn))
-_CUDNN = _Shared(lambda: _without(torch.backends.cudnn))
-_FAST_PATH = _Shared(_without_fast_path)
+_ONEDNN = Switch(lambda: _without(torch.backends.mkldnn))
+_CUDNN = Switch(lambda: _without(torch.backends.cudnn))
+_FAST_PATH = Switch(_without_fast_path)
 _SWITCHES = {
-    "attention": (_Shared(lambda: sdpa_kernel(SDPBackend.MATH)),),
+    "attention": (Switch(lambda: sdpa_kernel(SDPBackend.MATH)),),
     "recurrent": (_ONEDNN, _CUDNN),
-    COMPILED: (_Shared(_without_compiler),),
+    COMPILED: (Switch(_without_compiler),),
 }
 
 

@@ -10,13 +10,14 @@ import sys
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+
+from .function_modes import FunctionMode
 
 _GETTER = torch.Tensor.requires_grad.__get__  # pyright: ignore[reportAttributeAccessIssue]
 _TORCH = os.path.dirname(torch.__file__)
 
 
-class Asked(TorchFunctionMode):
+class Asked(FunctionMode):
     """Notes whether code outside of torch asks a tensor whether it requires gradients."""
 
     def __init__(self) -> None:

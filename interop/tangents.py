@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch._functorch import pyfunctorch
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
+
+from .function_modes import FunctionMode
 
 _lock = threading.RLock()
 
@@ -49,7 +50,7 @@ def stopped_by_no_grad() -> Iterator[None]:
         torch._C._set_fwd_grad_enabled(enabled)
 
 
-class _Follow(TorchFunctionMode):
+class _Follow(FunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch._C._set_grad_enabled:
             torch._C._set_fwd_grad_enabled(args[0])

@@ -1,0 +1,37 @@
+"""Global switches of torch's that several threads hold at once."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+class Switch:
+    """Off with the first that holds it, on again after the last."""
+
+    def __init__(self, enter: Callable[[], contextlib.AbstractContextManager[Any]]):
+        self._enter, self._lock = enter, threading.Lock()
+        self._users, self._exit = 0, contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold it for a while."""
+        self.acquire()
+        try:
+            yield
+        finally:
+            self.release()
+
+    def acquire(self) -> None:
+        """Hold it from now on."""
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._exit.enter_context(self._enter())
+
+    def release(self) -> None:
+        """Let go of it."""
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._exit.close()
