@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .class_cache import once_per_class
 from .parametrized import copy_class, is_parametrized
 from .references import ATOMS, COMPILED_FROM, is_filled, references
 from .scripted import copy_scripted, holds_code
@@ -322,7 +323,7 @@ _CONTAINERS: dict[type, Callable[[Copier, Any], Any]] = {
 }
 
 
-@functools.lru_cache(maxsize=4096)
+@once_per_class
 def _copier_of(cls: type) -> Callable[[Copier, Any], Any]:
     if cls in _CONTAINERS:
         return _CONTAINERS[cls]
@@ -336,7 +337,7 @@ def _copier_of(cls: type) -> Callable[[Copier, Any], Any]:
     return Copier._object if is_plain(cls) else Copier._foreign
 
 
-@functools.lru_cache(maxsize=4096)
+@once_per_class
 def is_plain(cls: type) -> bool:
     """Whether `copy.deepcopy` would make an empty instance of the class and fill its namespace."""
     if is_parametrized(cls):

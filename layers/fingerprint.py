@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..interop.static import static_key
+from .class_cache import once_per_class
 from .copying import is_plain
 from .places import StandIn
 from .references import ATOMS, is_filled
@@ -208,7 +209,7 @@ _KINDS: dict[type, Callable[[_Reader, Any], Iterator[Token]]] = {
 }
 
 
-@functools.lru_cache(maxsize=4096)
+@once_per_class
 def _reader_of(cls: type) -> Callable[[_Reader, Any], Iterator[Token]] | None:
     if cls in _EXACT:
         return _EXACT[cls]

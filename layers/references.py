@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .class_cache import once_per_class
 from .scripted import ScriptSlots
 
 ATOMS = frozenset(
@@ -72,7 +73,7 @@ _LEAVES = (
 )
 
 
-@functools.lru_cache(maxsize=4096)
+@once_per_class
 def _parts_of(cls: type) -> Callable[[Any, Reference], _Parts] | None:
     """How to list what instances of a class hold."""
     if issubclass(cls, _LEAVES) or cls in ATOMS:

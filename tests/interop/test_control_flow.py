@@ -231,10 +231,7 @@ def test_checkpoint(policy, step, args, jit):
 
 @pytest.mark.parametrize("policy", [None, "everything_saveable"])
 def test_checkpoint_recomputes_what_it_does_in_jax(policy, args, each_remat):
-    """The forward runs twice where nothing may be saved, once where everything may (with what torch keeps of it).
-
-    The first implementations of "remat3" compute again what may be saved.
-    """
+    """The forward runs twice where nothing may be saved, once where everything may (with what torch keeps of it)."""
     policy = policy and getattr(jax.checkpoint_policies, policy)
 
     def gradient(step):

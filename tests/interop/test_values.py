@@ -13,6 +13,7 @@ from compare import assert_trees_close, from_torch
 from samples import as_torch
 from torch import distributions as D
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torchleaf import TorchCallError, torch_function
 
 RUNS = 5
@@ -383,7 +384,7 @@ def test_two_examples_are_enough():
         return x * x.sum().item()
 
     jax.jit(torch_function(function)).lower(inputs(0))
-    assert len(seen) == 3  # one on fake tensors
+    assert sum(not issubclass(kind, FakeTensor) for kind in seen) == 2
     seen.clear()
     torch_function(function)(inputs(0))
     assert len(seen) == 3  # on fake tensors, on its arguments, and the run

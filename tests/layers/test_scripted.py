@@ -174,6 +174,7 @@ def test_generated_code_is_not_compiled_again(monkeypatch):
     assert_trees_close(TorchModule(module)(from_torch(X)), from_torch(module(X)))
 
 
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")  # torch's own
 def test_quantised_parts():
     """Their weights are no parameters, and no gradient flows to them; one flows through the others."""
     quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(3, 3)), {nn.Linear}, dtype=torch.qint8)

@@ -87,10 +87,18 @@ def test_classes_that_compute_nothing(name):
     assert CLASSES[name].forward is torch.nn.Module.forward
 
 
-def test_data_parallel_is_refused():
-    parallel = torchleaf.TorchModule(torch.nn.DataParallel(torch.nn.Linear(3, 4)))
-    with pytest.raises(torchleaf.TorchCallError, match=r"stateless API can't be used with nn.DataParallel"):
-        parallel(jnp.ones(3))
+def test_data_parallel_is_the_module_within():
+    module = torch.nn.Linear(3, 4)
+    parallel, plain = torchleaf.TorchModule(torch.nn.DataParallel(module)), torchleaf.TorchModule(module)
+    of_parallel, of_plain = (jax.value_and_grad(lambda p, m=m: _call_with(m, p)) for m in (parallel, plain))
+    value, grads = of_parallel(parallel.params)
+    assert_trees_close(
+        (value, {f"module.{k}": g for k, g in of_plain(plain.params)[1].items()}), (of_plain(plain.params)[0], grads)
+    )
+
+
+def _call_with(model, params):
+    return jnp.sum(eqx.tree_at(lambda m: m.params, model, params)(jnp.ones(3)) ** 2)
 
 
 @pytest.mark.parametrize("name", [name for name in CLASSES if name.startswith("Lazy")])
