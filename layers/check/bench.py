@@ -1,0 +1,118 @@
+"""Where checks are carried out: both sides of a subject, and what both have in common."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+
+from .cuts import cuts_of
+from .jax_side import Ours
+from .numbers import DOUBLE, HALF, SINGLE, NotAskedError, WrongError, compare, normal, to_numpy
+from .subject import Subject, tensors_of
+from .torch_side import Torch, changes_state
+
+STEP = 1e-5
+"""Of finite differences in float64."""
+
+
+class Bench:
+    """Makes both sides of a subject, and remembers those in JAX."""
+
+    def __init__(self, subject: Subject):
+        self.subject = subject
+        self.made: list[Ours] = []
+        """The JAX sides that a check has made."""
+
+    def torch(self, *, double: bool = False, drawing: bool = False) -> Torch:
+        """torch's side, its state the first one."""
+        return Torch(self.subject, double=double, drawing=drawing)
+
+    def ours(self, *, double: bool = False, drawing: bool = False) -> Ours:
+        """The side in JAX."""
+        self.made.append(Ours(self.subject, double=double, drawing=drawing))
+        return self.made[-1]
+
+    @cached_property
+    def changes_state(self) -> bool:
+        """Whether a call changes buffers."""
+        return changes_state(self.subject)
+
+    @cached_property
+    def tolerance(self) -> float:
+        """How far off numbers may be in the user's dtypes."""
+        side = self.torch()
+        given = (*self.subject.arguments(0), *side.module.parameters(), *side.module.buffers())
+        sizes = [x.itemsize // (1 + x.is_complex()) for x in tensors_of(given) if x.is_floating_point()]
+        return HALF if min(sizes, default=4) < 4 else SINGLE
+
+    @cached_property
+    def smooth(self) -> bool:
+        """Whether finite differences in float64 tell second derivatives: they agree with torch's, or with others."""
+        if self.subject.smooth is not None:
+            return self.subject.smooth
+        with wide(True), contextlib.suppress(Exception):
+            side = self.torch(double=True)
+            args = side.arguments(0)
+            direction = self.direction(side, args)
+            found = side.differences(side.gradients, args, direction, STEP)
+            with contextlib.suppress(RuntimeError, NotImplementedError):
+                compare(found, side.double_backward(args, direction), "", DOUBLE)
+                return True
+            compare(found, side.differences(side.gradients, args, direction, 10 * STEP), "", DOUBLE)
+            return True
+        return False
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether finite differences of its outputs tell its derivatives, too."""
+        return self.smooth and not cuts_of(self.subject)
+
+    @staticmethod
+    def direction(side: Torch, args: tuple[Any, ...]) -> list[np.ndarray]:
+        """A direction for all that is differentiated by."""
+        rng = np.random.default_rng(0)
+        return [normal(rng, to_numpy(x)) for x in side.wanted(args)]
+
+    def check_differentiable(self) -> None:
+        """`NotAskedError` if there is nothing to differentiate."""
+        side = self.torch()
+        args = side.arguments(0)
+        if not side.wanted(args):
+            raise NotAskedError("neither parameters nor arguments of floats")
+        if not what_torch_can(lambda: side.is_differentiable(args)):
+            raise NotAskedError("no output depends on parameters or arguments in a way that torch differentiates")
+
+
+def what_torch_can(compute: Callable[[], Any]) -> Any:
+    """What torch computes; `NotAskedError` with its message if it cannot."""
+    try:
+        return compute()
+    except (RuntimeError, NotImplementedError) as exc:
+        raise NotAskedError(f"torch cannot: {first_line(exc)}") from exc
+
+
+@contextlib.contextmanager
+def wide(enable: bool) -> Iterator[None]:
+    """64-bit floats for a while, in JAX and for what modules make inside their forward."""
+    if not enable:
+        yield
+        return
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with jax.enable_x64(True):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def first_line(exc: BaseException) -> str:
+    """An exception in one line."""
+    text = str(exc).strip()
+    return f"{type(exc).__name__}: {text.splitlines()[0] if text else ''}".rstrip(": ")
+
+
