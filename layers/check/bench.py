@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -9,9 +10,8 @@ import jax
 import numpy as np
 import torch
 
-from .cuts import cuts_of
 from .jax_side import Ours
-from .numbers import DOUBLE, HALF, SINGLE, NotAskedError, WrongError, compare, normal, to_numpy
+from .numbers import DOUBLE, HALF, SINGLE, NotAskedError, WrongError, compare, normal, size_of, to_numpy
 from .subject import Subject, tensors_of
 from .torch_side import Torch, changes_state
 
@@ -67,9 +67,20 @@ class Bench:
         return False
 
     @cached_property
+    def slopes(self) -> "Slopes":
+        """The slope of torch's weighted sum along a direction in float64; `NotAskedError` if torch has none there."""
+        with wide(True):
+            try:
+                side = self.torch(double=True)
+                args = side.arguments(0)
+                return Slopes.of(side, args, self.direction(side, args))
+            except Exception as exc:
+                raise NotAskedError(f"torch cannot compute it in float64: {first_line(exc)}") from exc
+
+    @property
     def is_plain(self) -> bool:
         """Whether finite differences of its outputs tell its derivatives, too."""
-        return self.smooth and not cuts_of(self.subject)
+        return self.smooth and self.slopes.off <= DOUBLE
 
     @staticmethod
     def direction(side: Torch, args: tuple[Any, ...]) -> list[np.ndarray]:
@@ -87,12 +98,57 @@ class Bench:
             raise NotAskedError("no output depends on parameters or arguments in a way that torch differentiates")
 
 
+@dataclass(frozen=True)
+class Slopes:
+    """A slope by torch's gradient and by finite differences of torch's outputs."""
+
+    by_gradient: float
+    by_differences: tuple[float, ...]
+    """With steps of several sizes."""
+    size: float
+    """How large slopes are, about."""
+
+    @classmethod
+    def of(cls, side: Torch, args: tuple[Any, ...], direction: list[np.ndarray]) -> "Slopes":
+        """Those of the weighted sum."""
+        grads = [to_numpy(g) for g in side.gradients(args)]
+        slope = sum(float((g.conj() * d).sum().real) for g, d in zip(grads, direction, strict=True))
+        steps = (10 * STEP, STEP, STEP / 10)
+        found = tuple(float(side.differences(side.loss, args, direction, step)[0]) for step in steps)
+        return cls(slope, found, max(size_of(grads), *map(abs, found), 1e-6))
+
+    @property
+    def off(self) -> float:
+        """How far they are apart, with the step that suits best."""
+        return min(abs(x - self.by_gradient) for x in self.by_differences) / self.size
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether finite differences tell a derivative: they hardly depend on the step."""
+        return max(self.by_differences) - min(self.by_differences) <= _SETTLED * self.size
+
+
+_SETTLED = 1e-3
+
+
 def what_torch_can(compute: Callable[[], Any]) -> Any:
     """What torch computes; `NotAskedError` with its message if it cannot."""
     try:
         return compute()
     except (RuntimeError, NotImplementedError) as exc:
         raise NotAskedError(f"torch cannot: {first_line(exc)}") from exc
+
+
+@contextlib.contextmanager
+def torch_cannot(compute: Callable[[], Any]) -> Iterator[None]:
+    """Turns an error of torchleaf into `NotAskedError` where torch raises one, too."""
+    try:
+        yield
+    except (NotAskedError, WrongError):
+        raise
+    except Exception:
+        what_torch_can(compute)
+        raise
 
 
 @contextlib.contextmanager
@@ -114,5 +170,3 @@ def first_line(exc: BaseException) -> str:
     """An exception in one line."""
     text = str(exc).strip()
     return f"{type(exc).__name__}: {text.splitlines()[0] if text else ''}".rstrip(": ")
-
-

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ...interop.trees import flatten_registering
-from .bench import STEP, Bench, what_torch_can, wide
+from .bench import STEP, Bench, torch_cannot, what_torch_can, wide
 from .jax_side import arrays_of
 from .numbers import DOUBLE, NotAskedError, compare, numpy_of_tensors, size_of
 from .torch_side import Torch, state_of
@@ -35,7 +35,11 @@ def forward_mode(bench: Bench) -> float:
     if not bench.subject.forward_mode:
         raise NotAskedError("forward_mode=False")
     bench.check_differentiable()
-    return max(_slopes(bench), _pushed(bench) if bench.is_plain else 0.0)
+    side = bench.torch()
+    args = side.arguments(0)
+    with torch_cannot(lambda: side.forward_mode(args, bench.direction(side, args))):
+        error = _slopes(bench)
+    return max(error, _pushed(bench) if bench.is_plain else 0.0)
 
 
 def _slopes(bench: Bench) -> float:

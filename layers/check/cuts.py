@@ -16,9 +16,7 @@ _CUTS = {
     torch.Tensor.data.__get__: ".data",  # pyright: ignore[reportAttributeAccessIssue]
 }
 _ROUNDING = ("round", "floor", "ceil", "trunc", "sign", "heaviside", "argmax", "argmin", "bucketize", "searchsorted")
-_CUTS |= {
-    getattr(where, name): name for where in (torch, torch.Tensor) for name in _ROUNDING if hasattr(where, name)
-}
+_CUTS |= {getattr(where, name): name for where in (torch, torch.Tensor) for name in _ROUNDING if hasattr(where, name)}
 
 
 class _Watch(TorchFunctionMode):

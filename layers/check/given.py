@@ -92,7 +92,7 @@ class Given(Subject):
     @property
     def cannot_compare(self) -> str | None:
         """Why numbers cannot be compared with torch's, if they cannot."""
-        return "it draws random numbers in evaluation mode, too" if self._quiet is None else None
+        return "it draws random numbers; see 'keys'" if self._quiet is None else None
 
     # --- what is found out at first ------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .bench import STEP, Bench, first_line, what_torch_can, wide
+from .bench import STEP, Bench, torch_cannot, what_torch_can, wide
 from .checks import RUNS
 from .cuts import cuts_of
 from .jax_side import Ours, weighted_sum
@@ -22,11 +22,6 @@ from .numbers import (
     numpy_of_tensors,
     size_of,
 )
-from .torch_side import Torch
-from .torch_side import weighted_sum as torch_weighted_sum
-
-_SETTLED = 1e-3
-"""How much finite differences of several steps may differ where they tell a derivative."""
 
 
 def finite_differences(bench: Bench) -> float:
@@ -34,42 +29,25 @@ def finite_differences(bench: Bench) -> float:
     bench.check_differentiable()
     if bench.subject.smooth is False:
         raise NotAskedError("finite differences do not tell its derivatives")
-    with wide(True):
-        try:
-            side = bench.torch(double=True)
+    slopes, error = bench.slopes, 0.0
+    if bench.smooth:
+        with wide(True):
+            side, ours = bench.torch(double=True), bench.ours(double=True)
             args = side.arguments(0)
-            grads = numpy_of_tensors(side.gradients(args))
-        except Exception as exc:
-            raise NotAskedError(f"torch cannot compute it in float64: {first_line(exc)}") from exc
-        error = 0.0
-        if bench.smooth:
-            ours = bench.ours(double=True)
             actual = eqx.filter_jit(ours.gradients)(ours.params, *ours.arguments(0))
-            error = compare(actual, grads, "gradient in float64", DOUBLE, names=side.names(args))
-        return max(error, _differences(bench, side, args, grads))
-
-
-def _differences(bench: Bench, side: Torch, args: Any, grads: list[np.ndarray]) -> float:
-    """How far torch's gradients are off finite differences of the weighted sum."""
-    direction = bench.direction(side, args)
-    slope = sum(float((g.conj() * d).sum().real) for g, d in zip(grads, direction, strict=True))
-
-    def loss(args: Any) -> list[Any]:
-        return [torch_weighted_sum(side.outputs(args))]
-
-    found = [float(side.differences(loss, args, direction, step)[0]) for step in (1e-4, STEP, 1e-6)]
-    size = max(size_of(grads), *map(abs, found), 1e-6)
-    off = min(abs(estimate - slope) for estimate in found) / size
-    if off <= DOUBLE:
-        return off
-    if max(found) - min(found) > _SETTLED * size:
+            expected = numpy_of_tensors(side.gradients(args))
+            error = compare(actual, expected, "gradient in float64", DOUBLE, names=side.names(args))
+    if slopes.off <= DOUBLE:
+        return max(error, slopes.off)
+    if not slopes.is_settled:
         raise NotAskedError("finite differences do not settle: it computes in float32, rounds or jumps")
     cuts = cuts_of(bench.subject)
     if cuts:
         raise NotAskedError(f"its gradients are not meant to be its derivatives: it uses {', '.join(cuts)}")
     raise WrongError(
-        f"torch's own gradient is not the derivative of its forward: along a direction {slope:.6g}, by finite "
-        f"differences {found[1]:.6g}. The backward of a torch.autograd.Function, or a hook, gives something else"
+        f"torch's own gradient is not the derivative of its forward: along a direction {slopes.by_gradient:.6g}, by "
+        f"finite differences {slopes.by_differences[1]:.6g}. The backward of a torch.autograd.Function, or a hook, "
+        "gives something else"
     )
 
 
@@ -99,11 +77,19 @@ def second_derivatives(bench: Bench) -> float:
         def reverse_over_reverse(*point: Any) -> Any:
             return [jnp.conj(p) for p in jax.vjp(gradients, *point)[1]([jnp.conj(d) for d in direction])]
 
+        def by_torch() -> None:
+            found = torch_side.double_backward(torch_side.arguments(0), direction)
+            try:
+                compare(found, expected, "torch's double backward", tolerance, names=names)
+            except WrongError as exc:
+                raise NotAskedError("torch cannot: its double backward is not the derivative of its gradient") from exc
+
         products = (forward_over_reverse, reverse_over_reverse)
-        return max(
-            _over_runs(jax.jit(product), point, expected, product.__name__.replace("_", " "), tolerance, names)
-            for product in (products if bench.subject.forward_mode else products[1:])
-        )
+        with torch_cannot(by_torch):
+            return max(
+                _over_runs(jax.jit(product), point, expected, product.__name__.replace("_", " "), tolerance, names)
+                for product in (products if bench.subject.forward_mode else products[1:])
+            )
 
 
 def _over_runs(

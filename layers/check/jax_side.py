@@ -60,8 +60,9 @@ class Ours:
     def pushed(self, params: Any, arrays: Any, static: Any, direction: list[Any]) -> list[Any]:
         """The derivatives of the inexact outputs along a direction, by forward mode; zeros for the others."""
         floats, others = eqx.partition(arrays, eqx.is_inexact_array)
-        treedef = jax.tree.structure((params, floats))
-        tangents = jax.tree.unflatten(treedef, direction)
+        point, treedef = jax.tree.flatten((params, floats))
+        cast = [jnp.asarray(d).astype(x.dtype) for d, x in zip(direction, point, strict=True)]
+        tangents = jax.tree.unflatten(treedef, cast)
         function = lambda p, x: self.outputs(p, eqx.combine(x, others), static)  # noqa: E731
         outputs, pushed = jax.jvp(function, (params, floats), tangents)
         return [t if eqx.is_inexact_array(y) else jnp.zeros(y.shape) for y, t in zip(outputs, pushed, strict=True)]

@@ -44,7 +44,7 @@ class NnxWrapped(Wrapped):
         return self._module.functions()
 
     def _model(self, state: Any) -> TorchModule:
-        return nnx.merge(self._graphdef, self._variables if state is None else state)
+        return nnx.merge(self._graphdef, self._variables if state is None else state, copy=True)
 
 
 def kind_of(model: TorchModule) -> Kind:

@@ -30,4 +30,4 @@ def _of_calls(calls: Iterable[TorchCall]) -> Iterator[str]:
             yield f"{call.base.name}: forward mode goes by torch.autograd, not by torch.func ({reason})."
         unrepeated = call.why_unrepeated()
         if unrepeated is not None:
-            yield f"{call.base.name}: compiled programs run Python in each call, for {unrepeated}."
+            yield f"{call.base.name}: compiled programs run Python in each call: {unrepeated}."

@@ -66,15 +66,22 @@ class Report:
     def __str__(self) -> str:
         column = max((len(outcome.name) for outcome in self.outcomes), default=0)
         notes = [lines_of("note", "", note, "", column) for note in self.notes]
-        rows = [_row(outcome, column) for outcome in self.outcomes]
+        first = {
+            outcome.text: outcome.name for outcome in reversed(self.outcomes)
+        }  # what is said once is not said again
+        rows = [_row(outcome, first[outcome.text], column) for outcome in self.outcomes]
         return "\n".join([self.name, "", *rows, *notes, "", _summary(self.outcomes)])
 
 
-def _row(outcome: Outcome, column: int) -> str:
+def _row(outcome: Outcome, first: str, column: int) -> str:
+    text = outcome.text if outcome.name == first or len(outcome.text) < _SHORT else f"As '{first}'."
     if outcome.error is None:
-        return lines_of(outcome.status, outcome.name, outcome.text, "", column)
-    value = f"{outcome.error:.0e}, {outcome.seconds:.1f} s"
-    return lines_of(outcome.status, outcome.name, value, outcome.text, column)
+        return lines_of(outcome.status, outcome.name, text, "", column)
+    value = f"{f'{outcome.error:.0e}' if outcome.error else 'exact'}, {outcome.seconds:.1f} s"
+    return lines_of(outcome.status, outcome.name, value, text, column)
+
+
+_SHORT = 70  # characters
 
 
 def _summary(outcomes: Sequence[Outcome]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 from ...interop.trees import leaf_names
 from .numbers import to_numpy, weights_of
@@ -48,6 +49,10 @@ class Torch:
         given = map_tensors(torch.clone, args)
         return tensors_of(self._subject.output(self.module(*given)))
 
+    def loss(self, args: tuple[Any, ...]) -> list[torch.Tensor]:
+        """The weighted sum of the outputs."""
+        return [weighted_sum(self.outputs(args))]
+
     def inexact_outputs(self, args: tuple[Any, ...]) -> list[torch.Tensor]:
         """The outputs, with zeros for those that have no derivatives."""
         return [y if is_inexact(y) else torch.zeros(y.shape) for y in self.outputs(args)]
@@ -71,6 +76,22 @@ class Torch:
         slope = sum(((g.conj() * d).sum().real for g, d in pairs), torch.zeros(()))
         products = torch.autograd.grad(slope, wanted, allow_unused=True) if pairs else [None] * len(wanted)
         return [to_numpy(torch.zeros_like(x) if p is None else p) for x, p in zip(wanted, products, strict=True)]
+
+    def forward_mode(self, args: tuple[Any, ...], direction: Direction) -> None:
+        """Whatever forward mode torch has, its own or reverse mode twice; raises if it has neither."""
+        try:
+            self._dual(args, direction)
+        except (RuntimeError, NotImplementedError):
+            self.double_backward(args, direction)
+
+    def _dual(self, args: tuple[Any, ...], direction: Direction) -> None:
+        tangents = iter([torch.from_numpy(d).to(x) for x, d in zip(self.wanted(args), direction, strict=True)])
+        with forward_ad.dual_level():
+            params = {name: forward_ad.make_dual(p.detach(), next(tangents)) for name, p in self.parameters.items()}
+            duals = map_tensors(
+                lambda x: forward_ad.make_dual(x.detach(), next(tangents)) if is_inexact(x) else x.clone(), args
+            )
+            torch.func.functional_call(self.module, params, duals)
 
     def differences(
         self, function: Callable[[Any], list[torch.Tensor]], args: tuple[Any, ...], direction: Direction, step: float
