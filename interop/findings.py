@@ -49,13 +49,8 @@ class Report:
 
     def __str__(self) -> str:
         column = max((len(f.name) for f in self.findings), default=0)
-        return "\n".join(
-            [
-                *(lines_of(f.status, f.name, f.value, f.remedy, column) for f in self.findings),
-                "",
-                _summary(self.findings),
-            ]
-        )
+        lines = [lines_of(f.status, f.name, f.value, f.remedy, column) for f in self.findings]
+        return "\n".join([*lines, "", _summary(self.findings)])
 
 
 class Check(ABC):

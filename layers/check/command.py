@@ -27,8 +27,12 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
     try:
         given = _given(arguments[0])
+    except UsageError as exc:
+        print(exc)
+        return 2
+    try:
         report = check(*given)
-    except (UsageError, TypeError, ValueError) as exc:
+    except (TypeError, ValueError) as exc:  # of what cannot be checked
         print(exc)
         return 2
     print(report)

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -36,7 +37,7 @@ class Given(Subject):
     """
 
     smooth = None
-    not_asked: dict[str, str] = {}  # noqa: RUF012
+    not_asked = MappingProxyType({})
 
     def __init__(self, kind: Kind, args: tuple[Any, ...], key: Any):
         self._kind, self._key, self.notes = kind, key, list[str]()
@@ -89,11 +90,6 @@ class Given(Subject):
     def key(self) -> jax.Array:
         return jax.random.key(0) if self._key is None else self._key
 
-    @property
-    def cannot_compare(self) -> str | None:
-        """Why numbers cannot be compared with torch's, if they cannot."""
-        return "it draws random numbers; see 'keys'" if self._quiet is None else None
-
     # --- what is found out at first ------------------------------------------------------------------
 
     def _tensor(self, leaf: Any) -> Any:
@@ -119,7 +115,7 @@ class Given(Subject):
                 self.notes.append(f"It draws random numbers: all but 'keys' is checked {how}.")
                 break
         else:
-            self._quiet = None
+            self._quiet, self.cannot_compare = None, "it draws random numbers; see 'keys'"
         if self._key is None:
             self.notes.append("It draws random numbers and no key was given: jax.random.key(0) is taken.")
 
@@ -208,8 +204,8 @@ def _moved(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 def _generators() -> list[np.ndarray]:
     """The states of the generators that torch code draws from."""
-    states = [torch.get_rng_state().numpy(), np.array(random.getstate()[1]), np.random.get_state(legacy=True)[1]]
-    states.append(np.array(np.random.get_state(legacy=True)[2]))
+    _, words, position, *_ = np.random.get_state()
+    states = [torch.get_rng_state().numpy(), np.array(random.getstate()[1]), np.array([*words, position])]
     if torch.cuda.is_initialized():
         states += [x.numpy() for x in torch.cuda.get_rng_state_all()]
     return states

@@ -75,7 +75,7 @@ def kind_of(given: Any, state: Any) -> Kind:
     )
 
 
-_LAYERS = __package__.rpartition(".")[0]
+_LAYERS = __name__.rpartition(".check.")[0]
 
 
 def widened_options(options: Mapping[str, Any], *, double: bool) -> dict[str, Any]:

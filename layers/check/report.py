@@ -66,9 +66,7 @@ class Report:
     def __str__(self) -> str:
         column = max((len(outcome.name) for outcome in self.outcomes), default=0)
         notes = [lines_of("note", "", note, "", column) for note in self.notes]
-        first = {
-            outcome.text: outcome.name for outcome in reversed(self.outcomes)
-        }  # what is said once is not said again
+        first = {outcome.text: outcome.name for outcome in reversed(self.outcomes)}  # the others refer to it
         rows = [_row(outcome, first[outcome.text], column) for outcome in self.outcomes]
         return "\n".join([self.name, "", *rows, *notes, "", _summary(self.outcomes)])
 

@@ -1,4 +1,4 @@
-"""Around all checks: what belongs to the whole process is as it was before, and as torch has it by default meanwhile."""
+"""Around all checks: what belongs to the whole process is left as it was before."""
 
 import contextlib
 import warnings
