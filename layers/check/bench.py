@@ -54,12 +54,14 @@ class Bench:
         """Whether finite differences in float64 tell second derivatives: they agree with torch's, or with others."""
         if self.subject.smooth is not None:
             return self.subject.smooth
-        with wide(True), contextlib.suppress(Exception):
+        if self._why_not_double:
+            return False
+        with wide(True), contextlib.suppress(WrongError, RuntimeError, ValueError):  # nearby it need not be defined
             side = self.torch(double=True)
             args = side.arguments(0)
             direction = self.direction(side, args)
             found = side.differences(side.gradients, args, direction, STEP)
-            with contextlib.suppress(RuntimeError, NotImplementedError):
+            with contextlib.suppress(WrongError, RuntimeError, NotImplementedError):
                 compare(found, side.double_backward(args, direction), "", DOUBLE)
                 return True
             compare(found, side.differences(side.gradients, args, direction, 10 * STEP), "", DOUBLE)
@@ -67,15 +69,25 @@ class Bench:
         return False
 
     @cached_property
-    def slopes(self) -> "Slopes":
-        """The slope of torch's weighted sum along a direction in float64; `NotAskedError` if torch has none there."""
+    def _why_not_double(self) -> str | None:
+        """Why torch has no gradients in float64, if it has none."""
         with wide(True):
             try:
                 side = self.torch(double=True)
-                args = side.arguments(0)
-                return Slopes.of(side, args, self.direction(side, args))
-            except Exception as exc:
-                raise NotAskedError(f"torch cannot compute it in float64: {first_line(exc)}") from exc
+                side.gradients(side.arguments(0))
+            except Exception as exc:  # whatever the user's code raises
+                return f"torch cannot compute it in float64: {first_line(exc)}"
+        return None
+
+    @cached_property
+    def slopes(self) -> "Slopes":
+        """The slope of torch's weighted sum along a direction in float64; `NotAskedError` if torch has none there."""
+        if self._why_not_double:
+            raise NotAskedError(self._why_not_double)
+        with wide(True):
+            side = self.torch(double=True)
+            args = side.arguments(0)
+            return what_torch_can(lambda: Slopes.of(side, args, self.direction(side, args)))
 
     @property
     def is_plain(self) -> bool:

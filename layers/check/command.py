@@ -52,7 +52,7 @@ def _given(name: str) -> tuple[Any, ...]:
         raise UsageError(f"There is no module {exc.name!r}: give one that can be imported from here.") from None
     for part in path.split("."):
         if not hasattr(found, part):
-            names = ", ".join(n for n, x in vars(found).items() if callable(x) and not n.startswith("_"))
+            names = ", ".join(sorted(n for n, x in vars(found).items() if callable(x) and not n.startswith("_")))
             raise UsageError(f"{module_name} has no {path!r}; it has {names or 'no functions'}.")
         found = getattr(found, part)
     is_factory = callable(found) and not isinstance(found, torch.nn.Module)

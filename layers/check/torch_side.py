@@ -98,7 +98,7 @@ class Torch:
     ) -> list[np.ndarray]:
         """Central differences of a function, such as `gradients`, along a direction."""
         there, back = (self._moved(function, args, direction, sign * step) for sign in (1, -1))
-        return [(a - b) / (2 * step) for a, b in zip(there, back, strict=True)]
+        return [np.asarray((a - b) / (2 * step)) for a, b in zip(there, back, strict=True)]
 
     def _moved(
         self, function: Callable[[Any], list[torch.Tensor]], args: tuple[Any, ...], direction: Direction, step: float
