@@ -27,6 +27,7 @@ ZOO = Path(__file__).parent / "zoo"
 COLUMNS = {
     "forward": "forward",
     "gradients": "gradients",
+    "finite differences": "finite differences",
     "forward mode": "forward mode",
     "vmap": "vmap",
     "vmap of gradients": "vmap of gradients",

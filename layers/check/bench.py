@@ -33,13 +33,19 @@ class Bench:
 
     def ours(self, *, double: bool = False, drawing: bool = False) -> Ours:
         """The side in JAX."""
-        self.made.append(Ours(self.subject, double=double, drawing=drawing))
+        stateful = self._changes_state_drawing if drawing else self.changes_state
+        self.made.append(Ours(self.subject, double=double, drawing=drawing, stateful=stateful))
         return self.made[-1]
 
     @cached_property
     def changes_state(self) -> bool:
         """Whether a call changes buffers."""
         return changes_state(self.subject)
+
+    @cached_property
+    def _changes_state_drawing(self) -> bool:
+        """The same of a call that draws random numbers."""
+        return changes_state(self.subject, drawing=True)
 
     @cached_property
     def tolerance(self) -> float:

@@ -105,9 +105,8 @@ def _over_runs(bench: Bench, function_of: Callable[[Any], Callable[..., Any]], *
     def check(function: Callable[..., Any], number: int, how: str) -> float:
         side = bench.torch()  # its state the first one
         args = side.arguments(number)
-        names = side.names(args) if is_gradient else [f"output {i}" for i in range(len(side.outputs(args)))]
-        side = bench.torch()
         expected = what_torch_can(lambda: numpy_of_tensors(function_of(side)(args)))
+        names = side.names(args) if is_gradient else [f"output {i}" for i in range(len(expected))]
         actual = function(ours.params, *ours.arguments(number))
         return compare(actual, expected, f"{how}, run {number + 1}", bench.tolerance, names=names)
 

@@ -11,18 +11,16 @@ from ...interop import dtypes
 from ...interop.trees import flatten_registering
 from .numbers import to_numpy, weights_of
 from .subject import Subject
-from .torch_side import changes_state
 
 
 class Ours:
     """A subject as torchleaf has it. Its parameters are a list, in torch's order; JAX sorts a dict by names."""
 
-    def __init__(self, subject: Subject, *, double: bool = False, drawing: bool = False):
+    def __init__(self, subject: Subject, *, double: bool, drawing: bool, stateful: bool):
         self._subject, self._double = subject, double
         module = subject.module(double=double, drawing=drawing)
         self._names = [name for name, p in module.named_parameters() if p.requires_grad]
         args = eqx.combine(*self.arguments(0))
-        stateful = changes_state(subject, drawing=drawing)
         self.wrapped = subject.wrap(module, args, double=double, stateful=stateful)
         self.params = [self.wrapped.params[name] for name in self._names]
 
