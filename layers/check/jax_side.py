@@ -78,6 +78,7 @@ def array_of(x: torch.Tensor) -> jax.Array:
     return jnp.array(to_numpy(x)).astype(dtypes.canonical(x.dtype))
 
 
+@jax.jit
 def weighted_sum(outputs: list[Any]) -> Any:
     """`torch_side.weighted_sum` in JAX."""
     terms = [jnp.sum(jnp.asarray(weights_of(y.size)).astype(y.dtype) * y.ravel()) for y in outputs if _is_inexact(y)]
