@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 
 from .jax_side import Ours
 from .numbers import DOUBLE, HALF, SINGLE, NotAskedError, WrongError, compare, normal, size_of, to_numpy
-from .subject import Subject, tensors_of
+from .subject import Subject, like, tensors_of
 from .torch_side import Torch, changes_state
 
 STEP = 1e-5
@@ -55,24 +55,32 @@ class Bench:
         sizes = [x.itemsize // (1 + x.is_complex()) for x in tensors_of(given) if x.is_floating_point()]
         return HALF if min(sizes, default=4) < 4 else SINGLE
 
-    @cached_property
+    @property
     def smooth(self) -> bool:
-        """Whether finite differences in float64 tell second derivatives: they agree with torch's, or with others."""
-        if self.subject.smooth is not None:
-            return self.subject.smooth
+        """Whether finite differences in float64 tell second derivatives."""
+        return self.subject.smooth if self.subject.smooth is not None else self._second == "derivative"
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether torch's double backward is not the derivative of its gradient."""
+        return self._second == "cut"
+
+    @cached_property
+    def _second(self) -> Literal["derivative", "cut", "unknown"]:
+        """What torch's double backward is, in the light of finite differences; if there is none, whether these tell."""
         if self._why_not_double:
-            return False
+            return "unknown"
         with wide(True), contextlib.suppress(WrongError, RuntimeError, ValueError):  # nearby it need not be defined
             side = self.torch(double=True)
             args = side.arguments(0)
             direction = self.direction(side, args)
-            found = side.differences(side.gradients, args, direction, STEP)
-            with contextlib.suppress(WrongError, RuntimeError, NotImplementedError):
-                compare(found, side.double_backward(args, direction), "", DOUBLE)
-                return True
-            compare(found, side.differences(side.gradients, args, direction, 10 * STEP), "", DOUBLE)
-            return True
-        return False
+            found, other = (side.differences(side.gradients, args, direction, step) for step in (STEP, 10 * STEP))
+            compare(found, other, "", DOUBLE)
+            with contextlib.suppress(RuntimeError, NotImplementedError):
+                found_by_torch = side.double_backward(args, direction)
+                return "derivative" if _agree(found_by_torch, found) else "cut"
+            return "derivative"
+        return "unknown"
 
     @cached_property
     def _why_not_double(self) -> str | None:
@@ -103,8 +111,10 @@ class Bench:
     @staticmethod
     def direction(side: Torch, args: tuple[Any, ...]) -> list[np.ndarray]:
         """A direction for all that is differentiated by."""
-        rng = np.random.default_rng(0)
-        return [normal(rng, to_numpy(x)) for x in side.wanted(args)]
+        rng, n_parameters = np.random.default_rng(0), len(side.parameters)
+        drawn = [(normal(rng, to_numpy(x)), x.detach()) for x in side.wanted(args)]
+        along = [like(torch.from_numpy(d), x.cpu()).numpy() for d, x in drawn[n_parameters:]]
+        return [*(d for d, _ in drawn[:n_parameters]), *along]
 
     def check_differentiable(self) -> None:
         """`NotAskedError` if there is nothing to differentiate."""
@@ -147,6 +157,14 @@ class Slopes:
 
 
 _SETTLED = 1e-3
+
+
+def _agree(actual: list[np.ndarray], expected: list[np.ndarray]) -> bool:
+    try:
+        compare(actual, expected, "", DOUBLE)
+    except WrongError:
+        return False
+    return True
 
 
 def what_torch_can(compute: Callable[[], Any]) -> Any:

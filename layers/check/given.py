@@ -18,7 +18,7 @@ from ..channels import to_flax_layout, to_torch_layout
 from ..functional_module import FunctionalModule
 from ..skeleton import in_mode, named_tensors
 from .kinds import Called, Kind
-from .subject import Subject, is_inexact, map_tensors, widened
+from .subject import Subject, is_inexact, like, map_tensors, widened
 from .wrapped import Wrapped
 
 _AMOUNT = 1e-2
@@ -198,7 +198,7 @@ def _moved(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     if not is_inexact(x):
         turns = int(torch.randint(max(1, x.shape[-1]), (), generator=generator)) if x.ndim else 0
         return x.roll(turns, -1) if turns and x.dtype != torch.bool else x
-    noise = _AMOUNT * torch.randn(x.shape, generator=generator).to(x.device)
+    noise = _AMOUNT * like(torch.randn(x.shape, generator=generator).to(x.device), x)
     return (x * (1 + noise) if bool((x != 0).any()) else x + noise).to(x.dtype)
 
 

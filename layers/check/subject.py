@@ -80,3 +80,10 @@ def map_tensors(function: Callable[[torch.Tensor], Any], tree: Any) -> Any:
 def tensors_of(tree: Any) -> list[torch.Tensor]:
     """The tensors of a pytree, in JAX's order."""
     return [x for x in flatten_registering(tree, every_record=True)[0] if isinstance(x, torch.Tensor)]
+
+
+def like(noise: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Noise symmetric where `x` is a symmetric matrix: what is defined for these alone has no other derivatives."""
+    if x.ndim < 2 or x.shape[-1] != x.shape[-2] or bool((x == x.flatten()[:1]).all()) or not bool((x == x.mH).all()):
+        return noise
+    return (noise + noise.mH) / 2
