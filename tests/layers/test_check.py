@@ -148,6 +148,17 @@ def test_straight_through_estimators_are_no_fault():
     assert "round" in found.text
 
 
+def test_symmetric_matrices_are_moved_among_their_like():
+    """torch's formulas for them tell no other derivatives."""
+    matrix = X.T @ X
+    for name in ("forward", "finite differences", "forward mode", "Hessian-vector products"):
+        assert outcome(name, torch.linalg.cholesky, matrix).status in ("ok", "slow")
+
+
+def test_detached_parts_stay_so_in_second_derivatives():
+    assert outcome("Hessian-vector products", lambda x: x.detach() * x, X).status == "ok"
+
+
 def test_without_forward_mode():
     model = torchleaf.TorchModule(nn.Linear(3, 2), forward_mode=False)
     assert outcome("forward mode", model, X).status == "n/a"
