@@ -38,16 +38,19 @@ def training(bench: Bench) -> float:
     for number in range(STEPS):
         params, state, loss = step(params, state, *ours.arguments(number))
         losses.append(loss)
-    error = compare(losses, [np.array(x) for x in _torch_losses(torch_side)], "losses")
+    error = compare(losses, [np.array(x) for x in _torch_losses(bench, torch_side)], "losses")
     names = list(torch_side.parameters)
     return max(error, compare(params, numpy_of_tensors(torch_side.parameters.values()), "parameters", names=names))
 
 
-def _torch_losses(side: Torch) -> list[float]:
-    """The losses of steps of gradient descent in torch."""
+def _torch_losses(bench: Bench, side: Torch) -> list[float]:
+    """The losses of steps of gradient descent in torch.
+
+    Arguments require no gradients, as in JAX, where only parameters are differentiated by: some modules ask.
+    """
     optimizer, losses = torch.optim.SGD(side.parameters.values(), RATE), []
     for number in range(STEPS):
-        outputs = filter(is_inexact, side.outputs(side.arguments(number)))
+        outputs = filter(is_inexact, side.outputs(bench.subject.arguments(number)))
         loss = sum(((y.abs() ** 2).mean() for y in outputs), torch.zeros(()))
         optimizer.zero_grad()
         loss.backward()
