@@ -12,6 +12,7 @@ from .interop import torch_function as torch_function
 from .interop.doctor import doctor as doctor
 from .layers import aliases
 from .layers import equinox as equinox
+from .layers.check import check as check
 from .layers.equinox import TorchModule as TorchModule
 from .layers.equinox_tools import stack as stack
 from .layers.equinox_tools import trainable as trainable

@@ -1,10 +1,27 @@
-"""`python -m torchleaf`: print what `torchleaf.doctor` finds; the exit status is 1 where something is broken."""
+"""`python -m torchleaf`: what `torchleaf.doctor` finds; `python -m torchleaf check ...`: what `torchleaf.check` does.
+
+The exit status is 1 where something is broken, or not as in torch.
+"""
 
 import sys
 
 from .interop.doctor import doctor
+from .layers.check.command import main as check
 
-if __name__ == "__main__":
+_USAGE = "usage: python -m torchleaf [check package.module:factory]"
+
+
+def main(arguments: list[str]) -> int:
+    """Run a command; the exit status."""
+    if arguments and arguments[0] == "check":
+        return check(arguments[1:])
+    if arguments:
+        print(_USAGE)
+        return 0 if arguments[0] in ("-h", "--help") else 2
     report = doctor()
     print(report)
-    sys.exit(not report.ok)
+    return not report.ok
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

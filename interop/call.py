@@ -13,7 +13,7 @@ right, otherwise `torch.autograd` and loops, which always are.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
@@ -170,6 +170,16 @@ class TorchCall:
         """Whether its ops do not depend on values, so far as is known."""
         raise AssertionError("abstract")
 
+    def why_unrepeated(self) -> str | None:
+        """Why later runs run Python again, where the user wants that they do not; None if they do not."""
+        if not self.base.wants_replay:
+            return None
+        if not self.recordable:
+            return self.base.why_unrecordable
+        if not self.is_repeatable:
+            return "it is too large to be recorded (and Python weighs little)"
+        return next((repeated.refusal for repeated in self._repeated.values() if repeated.refusal), None)
+
     def forget(self, results: Tensors) -> None:
         """Give up what a run kept for later calls, which holds operands: the next ones keep nothing."""
 
@@ -189,6 +199,13 @@ class TorchCall:
         if key not in self._derived:
             self._derived[key] = kind(self, *statics)
         return self._derived[key]
+
+    def family(self) -> "Iterator[TorchCall]":
+        """The call and all that are derived from it, and from these."""
+        yield self
+        for derived in list(self._derived.values()):
+            if isinstance(derived, TorchCall):
+                yield from derived.family()
 
     @property
     def inexact_outs(self) -> tuple[int, ...]:
@@ -343,6 +360,15 @@ class Base(TorchCall):
     @property
     def recordable(self) -> bool:
         return self.wants_replay and self.pure and self.fused_kernels.isdisjoint(UNRECORDED)
+
+    @property
+    def why_unrecordable(self) -> str:
+        """What makes its ops depend on more than shapes, so far as is known."""
+        if not self.fused_kernels.isdisjoint(UNRECORDED):
+            return "it uses torch.compile or higher-order ops"
+        if self.checkpoints != "none":
+            return "it uses torch.utils.checkpoint"
+        return "it draws random numbers" if self.fakeable else "it reads values, or draws random numbers by them"
 
     @property
     def signature(self) -> str:

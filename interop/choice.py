@@ -27,6 +27,11 @@ class Choice:
         self._rest: list[Plan] | None = None
         self._lock = threading.RLock()
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the call was about to run."""
+        return self._rest is not None
+
     def prepare(self, call: "TorchCall") -> None:
         """Choose the fastest plan for which torch has the rules."""
         with self._lock:

@@ -183,6 +183,11 @@ class Jvp(_Derivative):
         residuals.discard(self._handle(tensors))  # forward mode has no use for a graph
         return super().execute(*tensors)
 
+    def repeat(self, *tensors: torch.Tensor) -> Tensors:
+        residuals.discard(self._handle(tensors))  # before the recording, which is void where memory is looked at
+        self.settled(tensors)
+        return self.run_repeatedly(super().execute, tensors)
+
     def replay(self, operands: Tensors, results: Tensors) -> bool:
         residuals.discard(self._handle(operands))
         return super().replay(operands, results)

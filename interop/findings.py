@@ -49,7 +49,8 @@ class Report:
 
     def __str__(self) -> str:
         column = max((len(f.name) for f in self.findings), default=0)
-        return "\n".join([*(_lines(f, column) for f in self.findings), "", _summary(self.findings)])
+        lines = [lines_of(f.status, f.name, f.value, f.remedy, column) for f in self.findings]
+        return "\n".join([*lines, "", _summary(self.findings)])
 
 
 class Check(ABC):
@@ -69,10 +70,11 @@ def quoted(exc: BaseException) -> str:
     return f"{type(exc).__name__}: {text}" if text else type(exc).__name__
 
 
-def _lines(finding: Finding, column: int) -> str:
-    head = f"{finding.status:<9}{finding.name:<{column}}  "
+def lines_of(status: str, name: str, value: str, remedy: str, column: int) -> str:
+    """A finding in lines; names take up to `column` characters."""
+    head = f"{status:<9}{name:<{column}}  "
     indent = " " * len(head)
-    lines = [(head, finding.value)] + ([(indent + "-> ", finding.remedy)] if finding.remedy else [])
+    lines = [(head, value)] + [(f"{indent}-> ", line) for line in remedy.splitlines()]
     return "\n".join(
         textwrap.fill(text, _WIDTH, initial_indent=first, subsequent_indent=" " * len(first), break_on_hyphens=False)
         for first, text in lines

@@ -16,7 +16,7 @@ from . import dtypes
 from .ambient import autocast_here
 from .arguments import Arguments, Filler
 from .arrays import array_to_torch
-from .call import Aval, Residuals, VmapMethod
+from .call import Aval, Residuals, TorchCall, VmapMethod
 from .device import device_here
 from .errors import TorchCallError
 from .examples import Example, made_examples
@@ -146,6 +146,15 @@ class TorchFunction:
         }
         functools.update_wrapper(self, fn, updated=())
         self._forget()
+
+    def parts(self) -> tuple[Callable[..., Any], dict[str, Any]]:
+        """The torch callable, and the options that make the same of it once more."""
+        return self._fn, {**self._options, "out_shape": self._out_shape, "example_args": self._example_args}
+
+    def calls(self) -> Iterator[TorchCall]:
+        """The calls that it was traced to, and those derived from them."""
+        for specialized in self._specialized.values():
+            yield from specialized.call.family()
 
     def _forget(self) -> None:
         """Be as one that was never called."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .errors import quote
 from .recording import Recorder
 from .replay import Code, OtherValueError, Replay, codes_of
 
@@ -38,6 +39,8 @@ class Repeated:
         """The call's parts as replays, once that is known to be possible."""
         self.direction: Direction | None = None
         """Of a forward and a backward half: the operands and the outputs by which gradients are taken."""
+        self.refusal: str | None = None
+        """Why there are no replays, once that is decided."""
         self._first: tuple[Code, ...] | None = None
         self._tries, self._decided, self._others = 0, False, 0
         self._hits = self._misses = 0
@@ -69,9 +72,9 @@ class Repeated:
             return work()
         try:
             return recorder.record(inputs, work)
-        except Exception:  # the callable's own fault, or of an op that does not run in a dispatch mode
+        except Exception as exc:  # the callable's own fault, or of an op that does not run in a dispatch mode
             with self._lock:
-                self._decided, self._first = True, None
+                self._decided, self._first, self.refusal = True, None, quote(exc)
             return work()
 
     def offer(self, recorder: Recorder, inputs: Tensors, direction: Direction | None = None) -> None:
@@ -92,6 +95,8 @@ class Repeated:
                     return
             except Exception:  # of an argument that is like no other, for instance
                 self.replays = None
+            if self.replays is None:
+                self.refusal = recorder.failure or "its runs are not alike"
             self._decided, self._first = True, None
 
     def _values_differ(self, codes: tuple[Code, ...]) -> bool:
@@ -110,7 +115,7 @@ class Repeated:
             except OtherValueError:
                 self._misses += 1
                 if self._misses > _OTHERS + self._hits // 4:
-                    self.replays = None
+                    self.replays, self.refusal = None, "it reads other values in most runs"
                 raise
             self._hits += 1
             return kept

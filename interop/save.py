@@ -56,6 +56,11 @@ class Save(Level):
         return self._gradient.recordable
 
     @property
+    def recomputes(self) -> bool:
+        """Whether its graph could not be kept, so that backward calls run the forward again."""
+        return self._keepable is False
+
+    @property
     def _keeps(self) -> bool:
         """Whether to keep graphs: they can be kept, and somebody wants them."""
         return self._keepable is not False and not self._shelf.is_vain

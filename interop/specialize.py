@@ -52,6 +52,7 @@ class Specialized:
     ):
         self._name, self._function, self._found = name, function, found
         self._autocast = ambient.autocast_here()
+        self._x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
         self._wanted, self._refuse_write, self._key_remedy = list(wanted), refuse_write, key_remedy
         self._fixed = tuple(i for i in buffers if i not in found.state)
         self._copies = found.watched and (found.leaves_torch or not found.fused_kernels.isdisjoint(UNRECORDED))
@@ -176,7 +177,9 @@ class Specialized:
             if isinstance(expected, Aval):
                 if not isinstance(leaf, torch.Tensor):
                     raise TorchCallError(f"{where} a {type(leaf).__name__} ({leaf!r}); expected a tensor: {expected}.")
-                if dtypes.canonical(leaf.dtype) != expected.dtype:
+                with jax.enable_x64(self._x64):  # of the thread that traced it; this one is XLA's
+                    dtype = dtypes.canonical(leaf.dtype)
+                if dtype != expected.dtype:
                     raise TorchCallError(
                         f"{where} a tensor of dtype {leaf.dtype}, but {expected.dtype} was traced or declared by "
                         "`out_shape`. Correct `out_shape`, or cast the tensor."

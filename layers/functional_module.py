@@ -142,6 +142,14 @@ class FunctionalModule:
             self._functions[key] = ModuleFunction(self, method, self._pools[inference])
         return self._functions[key]
 
+    def functions(self) -> list[ModuleFunction]:
+        """Those of its methods that were called."""
+        return list(self.canonical._functions.values())
+
+    def stand_alone(self) -> None:
+        """Equal no other, so that it shares no traces; before it is called or compared."""
+        self._equal = self
+
     def arguments(self, method: str) -> frozenset[str]:
         """The names of a method's arguments; none if there is no such method."""
         if method not in self._arguments:

@@ -35,6 +35,7 @@ def test_page(page, tmp_path, monkeypatch):
 
 # What each docstring's example takes for granted.
 SETUP = {
+    "check.check": "",
     "function.torch_function": "x, y = jnp.ones(3), jnp.zeros(3)",
     "equinox.TorchModule": """
         x, y = jnp.ones((64, 3)), jnp.zeros((64, 4))

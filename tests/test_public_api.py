@@ -11,6 +11,7 @@ import torchleaf
 from fresh_process import run_python
 
 FUNCTIONS = [
+    "check",
     "doctor",
     "load_state_dict",
     "stack",
@@ -27,7 +28,7 @@ PACKAGE = Path(torchleaf.__path__[0])
 SOURCES = [
     PACKAGE / "__init__.py",
     *sorted((PACKAGE / "interop").glob("*.py")),
-    *sorted((PACKAGE / "layers").glob("*.py")),
+    *sorted((PACKAGE / "layers").rglob("*.py")),
 ]
 
 FOR_FLAX = ("flax_common.py", "linen.py", "nnx.py")
@@ -86,10 +87,12 @@ def test_imports_run_one_way(source):
     for module, level, lazily in _imports(source):
         top = module.split(".")[0]
         assert level > 0 or top != "torchleaf", "imports inside the package are relative"
-        optional = {"flax", "transformers"} - ({"flax"} if source.name in FOR_FLAX else set())
+        optional = {"flax", "optax", "transformers"} - ({"flax"} if source.name in FOR_FLAX else set())
         assert lazily or top not in optional, "optional packages are imported where they are used"
         if source.parent.name == "interop":
             assert level < 2, f"interop imports {module} from outside itself"
+        if source.parent.name == "layers":
+            assert top != "check", "what checks the layers is no part of them"
         if source.parent == PACKAGE and level == 1:
             assert top in ("interop", "layers")
 

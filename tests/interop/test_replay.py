@@ -190,6 +190,12 @@ def test_python_runs_in_the_first_two_runs_only(name, monkeypatch):
     assert runs_of_python(program, residuals)[-1] == n_runs
 
 
+def test_forward_mode_of_what_kept_graphs_in_vain():
+    """Its first runs keep graphs, until it shows that nobody asks for them; then two are recorded."""
+    counts = runs_of_python(lambda f: lambda x: jax.jvp(f, (x,), (x,))[1], "live")
+    assert counts[-1] == counts[-2]
+
+
 @programs
 def test_python_runs_each_time_without_replay(name):
     program, residuals, _ = PROGRAMS[name]

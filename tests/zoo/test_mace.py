@@ -102,7 +102,7 @@ def radial_arguments() -> tuple[torch.Tensor, ...]:
 test_mace = zoo_test(
     "mace",
     Specimen("RadialEmbeddingBlock", radial, radial_arguments, output=lambda y: y[0] if isinstance(y, tuple) else y),
-    Specimen("EquivariantProductBasisBlock", product, product_arguments, batched=lambda x: x.dim() == 3),
+    Specimen("EquivariantProductBasisBlock", product, product_arguments, maps=lambda x: x.dim() == 3),
     Specimen("MACE, energy", lambda: Water("MACE", forces=False), positions),
     Specimen("ScaleShiftMACE, energy", lambda: Water("ScaleShiftMACE", forces=False, **SCALED), positions),
     Specimen(

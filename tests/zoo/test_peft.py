@@ -79,7 +79,7 @@ test_peft = zoo_test(
     Specimen("IA3", lambda: adapted("IA3Config", feedforward_modules=["seq.2"]), vectors),
     Specimen("LoHa", lambda: adapted("LoHaConfig", r=2), vectors),
     Specimen("OFT", lambda: adapted("OFTConfig", r=1, oft_block_size=0), vectors),
-    Specimen("GPT-2, LoRA", lambda: Logits("LoraConfig", **ATTENTION), tokens, batched=every),
-    Specimen("GPT-2, prompt tuning", lambda: Logits("PromptTuningConfig", num_virtual_tokens=3), tokens, batched=every),
-    Specimen("GPT-2, prefix tuning", lambda: Logits("PrefixTuningConfig", num_virtual_tokens=3), tokens, batched=every),
+    Specimen("GPT-2, LoRA", lambda: Logits("LoraConfig", **ATTENTION), tokens, maps=every),
+    Specimen("GPT-2, prompt tuning", lambda: Logits("PromptTuningConfig", num_virtual_tokens=3), tokens, maps=every),
+    Specimen("GPT-2, prefix tuning", lambda: Logits("PrefixTuningConfig", num_virtual_tokens=3), tokens, maps=every),
 )

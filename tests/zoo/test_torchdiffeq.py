@@ -52,7 +52,7 @@ def start() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 SMOOTH = {"rtol": 1e-7, "atol": 1e-9}
-STATES_ONLY = {"batched": lambda x: x.dim() > 1}
+STATES_ONLY = {"maps": lambda x: x.dim() > 1}
 
 test_torchdiffeq = zoo_test(
     "torchdiffeq",

@@ -79,7 +79,7 @@ def image() -> tuple[torch.Tensor]:
 def text(name: str, make: Callable[[], nn.Module], **options: Any) -> Specimen:
     """A model of token ids, each example of `vmap` with tokens of its own."""
     options = {"random": True, **options}
-    return Specimen(name, make, lambda: (tokens(),), output=first, batched=lambda x: True, **options)
+    return Specimen(name, make, lambda: (tokens(),), output=first, maps=lambda x: True, **options)
 
 
 def two_texts(name: str, make: Callable[[], nn.Module]) -> Specimen:
@@ -88,7 +88,7 @@ def two_texts(name: str, make: Callable[[], nn.Module]) -> Specimen:
         name,
         lambda: Named(make, ("input_ids", "decoder_input_ids")),
         lambda: (tokens(), tokens()[:, :4]),
-        batched=lambda x: True,
+        maps=lambda x: True,
         random=True,
     )
 

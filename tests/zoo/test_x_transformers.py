@@ -50,7 +50,7 @@ def every(x: torch.Tensor) -> bool:
 
 
 SINGLE = {"smooth": False}  # its softmax is in float32
-TEXT = {"batched": every, **SINGLE}
+TEXT = {"maps": every, **SINGLE}
 MODERN = {"rotary_pos_emb": True, "use_rmsnorm": True, "ff_glu": True, "ff_swish": True}
 DROPOUT = {"attn_dropout": 0.2, "ff_dropout": 0.2}
 

@@ -1,0 +1,33 @@
+"""Why a check that is right runs slower than it could: what the library warns of, and how its calls ran."""
+
+from collections.abc import Iterable, Iterator
+from warnings import WarningMessage
+
+from ...interop.call import TorchCall
+from ...interop.save import Save
+from .jax_side import Ours
+
+_OURS = ("vmap of ", "torchleaf")
+"""How the library's own warnings begin, or what they contain."""
+
+
+def remarks(made: Iterable[Ours], caught: Iterable[WarningMessage]) -> list[str]:
+    """What to say of the calls of a check, each once."""
+    said = [str(warning.message) for warning in caught]
+    warned = [text for text in said if text.startswith(_OURS[0]) or _OURS[1] in text]
+    calls = [call for ours in made for function in ours.wrapped.functions() for call in function.calls()]
+    return list(dict.fromkeys([*warned, *_of_calls(calls)]))
+
+
+def _of_calls(calls: Iterable[TorchCall]) -> Iterator[str]:
+    for call in calls:
+        if isinstance(call, Save) and call.recomputes:
+            yield f"{call.base.name}: its autograd graph cannot be kept, so the backward pass runs the forward again."
+        if not call.choice.is_prepared:
+            continue
+        if "jvp" in call.derivatives and call.choice.is_final and not call.choice.plan.core and call.choice.reasons:
+            reason = call.choice.reasons[-1][1].split("\n")[0]
+            yield f"{call.base.name}: forward mode goes by torch.autograd, not by torch.func ({reason})."
+        unrepeated = call.why_unrepeated()
+        if unrepeated is not None:
+            yield f"{call.base.name}: compiled programs run Python in each call: {unrepeated}."
