@@ -19,7 +19,7 @@ type_checks.getrandbits = random.Random(0).getrandbits
 torch.set_num_threads(1)  # the suite's processes share the cores; teams of spinning threads would slow all of them
 
 
-MOST_CASES = 8
+MOST_CASES = 5
 """How many cases of one test a run takes, of the hundreds that some have; `--whole` takes all."""
 
 
