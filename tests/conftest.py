@@ -88,7 +88,14 @@ def each_remat(request, monkeypatch):
 
 @pytest.fixture(autouse=True, scope="module")
 def _programs_of_one_file():
-    """Compiled programs, and the torch calls that they keep alive, are gigabytes over the whole suite."""
+    """Compiled programs, and the torch calls that they keep alive, are gigabytes over the whole suite.
+
+    Graphs that wait in vain, as some do by design, are not those of the next file.
+    """
     yield
+    from torchleaf.interop import residuals
+
+    for number in [*residuals._graphs]:
+        residuals.drop(number)
     jax.clear_caches()
     gc.collect()
