@@ -149,7 +149,7 @@ def test_versions_are_what_pyproject_promises():
         **promised,
     }
     assert gathered.installed["jax"] == jax.__version__
-    assert gathered.installed["torch"].partition("+")[0] == torch.__version__.partition("+")[0]  # which build is not in all metadata
+    assert gathered.installed["torch"].partition("+")[0] == torch.__version__.partition("+")[0]  # of a build
     assert gathered.ranges.keys() <= gathered.installed.keys()
     for name in promised:
         assert within(gathered.installed[name], str(promised[name])), name
