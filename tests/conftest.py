@@ -59,6 +59,12 @@ def _seed():
 
 
 @pytest.fixture
+def no_proofs(monkeypatch):
+    """Without the proof of a plan, which runs a call three times more after its first run: see test_plans.py."""
+    monkeypatch.setattr("torchleaf.interop.choice.disagreement", lambda call, plan, tensors: None)
+
+
+@pytest.fixture
 def rng():
     """A NumPy generator with a fixed seed."""
     return np.random.default_rng(0)

@@ -10,16 +10,12 @@ import torch
 import torchleaf
 import twins
 from compare import assert_trees_close
-from torchleaf.interop import choice
 from watching import OpLog, Recorder
 
 B, IN, OUT = 5, 3, 7
 
 
-@pytest.fixture(autouse=True)
-def _no_proofs(monkeypatch):
-    """The proof of a plan runs a call three times more, once: see test_plans.py."""
-    monkeypatch.setattr(choice, "disagreement", lambda call, plan, tensors: None)
+pytestmark = pytest.mark.usefixtures("no_proofs")
 
 
 @pytest.fixture(params=["live", "recompute"])

@@ -182,12 +182,15 @@ THIRD = {
 }
 
 
+def agree_in_second_and_third_derivatives(ours, twin, jit):
+    actual = jit(every(SECOND | THIRD, torchleaf.torch_function(ours)))(X)
+    close(actual, jax.jit(every(SECOND | THIRD, twin))(X), rtol=5e-3)
+
+
 @eager_and_jit
 @pytest.mark.parametrize("op", NORMS.values(), ids=NORMS)
 def test_norms(op, jit):
-    ours, twin = op
-    actual = jit(every(SECOND | THIRD, torchleaf.torch_function(ours)))(X)
-    close(actual, jax.jit(every(SECOND | THIRD, twin))(X), rtol=5e-3)
+    agree_in_second_and_third_derivatives(*op, jit)
 
 
 def test_batch_norm_writes_its_statistics_in_every_derivative():
@@ -238,9 +241,7 @@ if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # since torch 2.13
 @eager_and_jit
 @pytest.mark.parametrize("op", FORMULAS.values(), ids=FORMULAS)
 def test_formulas_that_torch_has_wrong(op, jit):
-    ours, twin = op
-    actual = jit(every(SECOND | THIRD, torchleaf.torch_function(ours)))(X)
-    close(actual, jax.jit(every(SECOND | THIRD, twin))(X), rtol=5e-3)
+    agree_in_second_and_third_derivatives(*op, jit)
 
 
 WEIGHT_NORMS = {

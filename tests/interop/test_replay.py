@@ -18,7 +18,7 @@ from compare import assert_same_bits, assert_trees_close, from_torch
 from samples import as_torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from torchleaf.interop import choice, transport
+from torchleaf.interop import transport
 from torchleaf.interop.recording import Recorder as Recording
 from torchleaf.interop.residuals import live_graphs
 from watching import Recorder
@@ -183,9 +183,9 @@ def runs_of_python(program, residuals, wrap=jax.jit, **options):
 
 
 @programs
-def test_python_runs_in_the_first_two_runs_only(name, monkeypatch):
+@pytest.mark.usefixtures("no_proofs")
+def test_python_runs_in_the_first_two_runs_only(name):
     """And for the proof of a plan, after the first one, which is left out here."""
-    monkeypatch.setattr(choice, "disagreement", lambda call, plan, tensors: None)
     program, residuals, n_runs = PROGRAMS[name]
     assert runs_of_python(program, residuals)[-1] == n_runs
 
