@@ -164,7 +164,8 @@ class Specialized:
                 "declared by `out_shape`). The structure of the output must not depend on values."
             )
         if self._found.watched:
-            self._check_leaves(output, leaves)
+            with jax.enable_x64(self._x64):  # of the thread that traced it; this one is XLA's
+                self._check_leaves(output, leaves)
         outs = [*(y for y in leaves if isinstance(y, torch.Tensor)), *state]
         return tuple(
             y if y.dtype == d else narrowed(y, d, self._name) for y, d in zip(outs, self._out_dtypes, strict=True)
@@ -177,9 +178,7 @@ class Specialized:
             if isinstance(expected, Aval):
                 if not isinstance(leaf, torch.Tensor):
                     raise TorchCallError(f"{where} a {type(leaf).__name__} ({leaf!r}); expected a tensor: {expected}.")
-                with jax.enable_x64(self._x64):  # of the thread that traced it; this one is XLA's
-                    dtype = dtypes.canonical(leaf.dtype)
-                if dtype != expected.dtype:
+                if dtypes.canonical(leaf.dtype) != expected.dtype:
                     raise TorchCallError(
                         f"{where} a tensor of dtype {leaf.dtype}, but {expected.dtype} was traced or declared by "
                         "`out_shape`. Correct `out_shape`, or cast the tensor."
