@@ -44,10 +44,14 @@ def to_jax_dtype(dtype: torch.dtype) -> np.dtype:
         ) from None
 
 
+def is_inexact_tensor(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is real or complex."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def precision_of(tensors: Iterable[torch.Tensor]) -> int:
     """The bytes of the least precise real number among tensors; 8 if there is none."""
-    inexact = (x for x in tensors if x.is_floating_point() or x.is_complex())
-    return min((x.itemsize // (1 + x.is_complex()) for x in inexact), default=8)
+    return min((x.itemsize // (1 + x.is_complex()) for x in tensors if is_inexact_tensor(x)), default=8)
 
 
 def has_torch_dtype(dtype: Any) -> bool:

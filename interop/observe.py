@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from . import kernels
 from .aten import bound, in_checkpoint, in_reentrant_checkpoint, reads_values, tensors_in, written
 from .call import Aval, Checkpoints
-from .dtypes import precision_of
+from .dtypes import is_inexact_tensor, precision_of
 from .errors import CapturedWriteError, ForeignTensorError, StateError, TorchCallError, signature_text
 from .guard import Exposure
 from .known import KnownConstants
@@ -96,7 +96,7 @@ def observe(
             raise
     spare = spare or [torch.empty(s, dtype=d, device=traced.device) for s, d in traced.specs]
     for i in traced.trainable:
-        spare[i].requires_grad_(spare[i].is_floating_point() or spare[i].is_complex())
+        spare[i].requires_grad_(is_inexact_tensor(spare[i]))
     try:
         other = _observe_once(traced, spare, fake, grad_mode=grad_mode)
     except Exception:

@@ -14,6 +14,7 @@ import torch
 from torch._functorch import pyfunctorch
 
 from . import dtypes, reverse
+from .dtypes import is_inexact_tensor, precision_of
 from .errors import quote
 from .host_random import host_generators_kept
 from .plan import Plan
@@ -111,7 +112,8 @@ def _without_comparison(call: "TorchCall", plan: Plan, operands: "Tensors", fail
     try:
         call.compute(plan, *operands)
     except Exception as exc:
-        if quote(exc) == quote(failure) or type(exc) is type(failure) not in (RuntimeError, NotImplementedError):
+        is_torchs = type(exc) in (RuntimeError, NotImplementedError)  # which it raises for all kinds of reasons
+        if quote(exc) == quote(failure) or (type(exc) is type(failure) and not is_torchs):
             raise  # it is not the plan's, but of the operands
         return quote(exc)
     return f"nothing can vouch for it ({quote(failure)})"
@@ -145,7 +147,8 @@ def _moved(call: "TorchCall", operands: "Tensors", amount: float) -> "Tensors":
         return (_wide(x) + amount * (_size(x) or 1.0) * noise).to(x.dtype)
 
     return tuple(
-        move(x) if _is_inexact(x) and x.numel() and i not in call.directions else x for i, x in enumerate(operands)
+        move(x) if is_inexact_tensor(x) and x.numel() and i not in call.directions else x
+        for i, x in enumerate(operands)
     )
 
 
@@ -170,7 +173,7 @@ def _are_large(operands: "Tensors") -> bool:
 def _error(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> float:
     """How far an output is off what is right; 0 if it is not."""
     distance, size = _distance(actual, expected), _size(expected)
-    rounding = 100 * torch.finfo(expected.dtype).eps if _is_inexact(expected) and not size else 0.0
+    rounding = 100 * torch.finfo(expected.dtype).eps if is_inexact_tensor(expected) and not size else 0.0
     return 0.0 if distance <= max(tolerance * size, rounding) else distance
 
 
@@ -192,17 +195,13 @@ def _size(tensor: torch.Tensor) -> float:
 
 def _has_values(tensor: torch.Tensor) -> bool:
     """Whether there is anything in an output that another result would differ from."""
-    return tensor.numel() == 0 or not _is_inexact(tensor) or _size(tensor) > 0
+    return tensor.numel() == 0 or not is_inexact_tensor(tensor) or _size(tensor) > 0
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
-def _is_inexact(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
 def _precision(call: "TorchCall", operands: "Tensors") -> int:
     """The bytes of the least precise real number that a call computes with."""
-    return min(call.base.precision, dtypes.precision_of(operands))
+    return min(call.base.precision, precision_of(operands))

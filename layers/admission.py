@@ -55,7 +55,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 def computes_in_double(weights: Sequence[tuple[str, torch.Tensor]]) -> bool:
     """Whether all weights that are no integers are of double precision."""
-    inexact = [t.dtype for _, t in weights if t.is_floating_point() or t.is_complex()]
+    inexact = [t.dtype for _, t in weights if dtypes.is_inexact_tensor(t)]
     return bool(inexact) and all(dtype in (torch.float64, torch.complex128) for dtype in inexact)
 
 
@@ -73,8 +73,7 @@ def _warn_of_double(module_name: str, weights: Sequence[tuple[str, torch.Tensor]
 
 
 def _is_cut(tensor: torch.Tensor) -> bool:
-    is_inexact = tensor.is_floating_point() or tensor.is_complex()
-    return is_inexact and dtypes.canonical(tensor.dtype) != dtypes.to_jax_dtype(tensor.dtype)
+    return dtypes.is_inexact_tensor(tensor) and dtypes.canonical(tensor.dtype) != dtypes.to_jax_dtype(tensor.dtype)
 
 
 def _warn_of_compilation_in_place(module: torch.nn.Module) -> None:

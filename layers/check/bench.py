@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import torch
 
+from ...interop.dtypes import precision_of
 from .jax_side import Ours
 from .numbers import DOUBLE, HALF, SINGLE, NotAskedError, WrongError, compare, normal, size_of, to_numpy
 from .subject import Subject, like, tensors_of
@@ -52,8 +53,7 @@ class Bench:
         """How far off numbers may be in the user's dtypes."""
         side = self.torch()
         given = (*self.subject.arguments(0), *side.module.parameters(), *side.module.buffers())
-        sizes = [x.itemsize // (1 + x.is_complex()) for x in tensors_of(given) if x.is_floating_point()]
-        return HALF if min(sizes, default=4) < 4 else SINGLE
+        return HALF if precision_of(tensors_of(given)) < 4 else SINGLE
 
     @property
     def smooth(self) -> bool:
@@ -76,7 +76,7 @@ class Bench:
             direction = self.direction(side, args)
             found, other = (side.differences(side.gradients, args, direction, step) for step in (STEP, 10 * STEP))
             compare(found, other, "", DOUBLE)
-            with contextlib.suppress(RuntimeError, NotImplementedError):
+            with contextlib.suppress(RuntimeError):
                 found_by_torch = side.double_backward(args, direction)
                 return "derivative" if _agree(found_by_torch, found) else "cut"
             return "derivative"
@@ -171,7 +171,7 @@ def what_torch_can(compute: Callable[[], Any]) -> Any:
     """What torch computes; `NotAskedError` with its message if it cannot."""
     try:
         return compute()
-    except (RuntimeError, NotImplementedError) as exc:
+    except RuntimeError as exc:
         raise NotAskedError(f"torch cannot: {first_line(exc)}") from exc
 
 

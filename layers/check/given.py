@@ -13,12 +13,13 @@ from jax.core import Tracer
 
 from ...interop import dtypes
 from ...interop.arrays import array_to_torch
+from ...interop.dtypes import is_inexact_tensor
 from ...interop.trees import flatten_registering
 from ..channels import to_flax_layout, to_torch_layout
 from ..functional_module import FunctionalModule
 from ..skeleton import in_mode, named_tensors
 from .kinds import Called, Kind
-from .subject import Subject, is_inexact, like, map_tensors, widened
+from .subject import Subject, like, map_tensors, widened
 from .wrapped import Wrapped
 
 _AMOUNT = 1e-2
@@ -79,10 +80,10 @@ class Given(Subject):
 
     @cached_property
     def _has_floats(self) -> bool:
-        return any(isinstance(x, torch.Tensor) and is_inexact(x) for x in jax.tree.leaves(self._args))
+        return any(isinstance(x, torch.Tensor) and is_inexact_tensor(x) for x in jax.tree.leaves(self._args))
 
     def batched(self, x: torch.Tensor) -> bool:
-        return is_inexact(x) if self._has_floats else x.dtype != torch.bool
+        return is_inexact_tensor(x) if self._has_floats else x.dtype != torch.bool
 
     def wrap(self, module: torch.nn.Module, args: tuple[Any, ...], *, double: bool, stateful: bool) -> Wrapped:
         return self._kind.wrap(module, args, double=double, stateful=stateful)
@@ -195,7 +196,7 @@ def _evaluating(module: torch.nn.Module) -> None:
 
 def _moved(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """A tensor whose floats are a little different; whole numbers stay, in another order along the last axis."""
-    if not is_inexact(x):
+    if not is_inexact_tensor(x):
         turns = int(torch.randint(max(1, x.shape[-1]), (), generator=generator)) if x.ndim else 0
         return x.roll(turns, -1) if turns and x.dtype != torch.bool else x
     noise = _AMOUNT * like(torch.randn(x.shape, generator=generator).to(x.device), x)

@@ -66,11 +66,6 @@ def widened(x: torch.Tensor) -> torch.Tensor:
     return x.double() if x.is_floating_point() else x
 
 
-def is_inexact(x: torch.Tensor) -> bool:
-    """Whether a tensor is real or complex."""
-    return x.is_floating_point() or x.is_complex()
-
-
 def map_tensors(function: Callable[[torch.Tensor], Any], tree: Any) -> Any:
     """A pytree with `function` applied to its tensors."""
     leaves, treedef = flatten_registering(tree)

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch.autograd import forward_ad
 
+from ...interop.dtypes import is_inexact_tensor
 from ...interop.trees import leaf_names
 from .numbers import to_numpy, weights_of
-from .subject import Subject, is_inexact, map_tensors, tensors_of
+from .subject import Subject, map_tensors, tensors_of
 
 Direction = Sequence[np.ndarray]
 """An array for each parameter and then for each float argument."""
@@ -31,15 +32,15 @@ class Torch:
     @staticmethod
     def differentiable(args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Copies of arguments, floats as leaves to differentiate by."""
-        return map_tensors(lambda x: x.detach().clone().requires_grad_(is_inexact(x)), args)
+        return map_tensors(lambda x: x.detach().clone().requires_grad_(is_inexact_tensor(x)), args)
 
     def wanted(self, args: tuple[Any, ...]) -> list[torch.Tensor]:
         """What gradients are taken by: the parameters and then the float arguments."""
-        return [*self.parameters.values(), *filter(is_inexact, tensors_of(args))]
+        return [*self.parameters.values(), *filter(is_inexact_tensor, tensors_of(args))]
 
     def names(self, args: tuple[Any, ...]) -> list[str]:
         """The same, as texts call them."""
-        tree = map_tensors(lambda x: x if is_inexact(x) else None, args)
+        tree = map_tensors(lambda x: x if is_inexact_tensor(x) else None, args)
         leaves = zip(leaf_names(tree), jax.tree.leaves(tree), strict=True)
         given = [f"argument {path}" for path, x in leaves if isinstance(x, torch.Tensor)]
         return [*(f"parameter `{name}`" for name in self.parameters), *given]
@@ -55,7 +56,7 @@ class Torch:
 
     def inexact_outputs(self, args: tuple[Any, ...]) -> list[torch.Tensor]:
         """The outputs, with zeros for those that have no derivatives."""
-        return [y if is_inexact(y) else torch.zeros(y.shape) for y in self.outputs(args)]
+        return [y if is_inexact_tensor(y) else torch.zeros(y.shape) for y in self.outputs(args)]
 
     def gradients(self, args: tuple[Any, ...], *, create_graph: bool = False) -> list[torch.Tensor]:
         """Those of `weighted_sum`, by what is `wanted`."""
@@ -81,7 +82,7 @@ class Torch:
         """Whatever forward mode torch has, its own or reverse mode twice; raises if it has neither."""
         try:
             self._dual(args, direction)
-        except (RuntimeError, NotImplementedError):
+        except RuntimeError:  # a NotImplementedError is one
             self.double_backward(args, direction)
 
     def _dual(self, args: tuple[Any, ...], direction: Direction) -> None:
@@ -89,7 +90,7 @@ class Torch:
         with forward_ad.dual_level():
             params = {name: forward_ad.make_dual(p.detach(), next(tangents)) for name, p in self.parameters.items()}
             duals = map_tensors(
-                lambda x: forward_ad.make_dual(x.detach(), next(tangents)) if is_inexact(x) else x.clone(), args
+                lambda x: forward_ad.make_dual(x.detach(), next(tangents)) if is_inexact_tensor(x) else x.clone(), args
             )
             torch.func.functional_call(self.module, params, duals)
 
@@ -119,7 +120,9 @@ class Torch:
 
 def weighted_sum(outputs: list[torch.Tensor]) -> torch.Tensor:
     """A real scalar in which each element of the inexact outputs has a weight of its own."""
-    terms = [(torch.from_numpy(weights_of(y.numel())).to(y) * y.reshape(-1)).sum() for y in outputs if is_inexact(y)]
+    terms = [
+        (torch.from_numpy(weights_of(y.numel())).to(y) * y.reshape(-1)).sum() for y in outputs if is_inexact_tensor(y)
+    ]
     return sum((t.real for t in terms), torch.zeros(()))
 
 

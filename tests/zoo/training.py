@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
+from torchleaf.interop.dtypes import is_inexact_tensor
 from torchleaf.layers.check.bench import Bench
 from torchleaf.layers.check.numbers import NotAskedError, compare, numpy_of_tensors
-from torchleaf.layers.check.subject import is_inexact
 from torchleaf.layers.check.torch_side import Torch
 
 STEPS, RATE = 3, 1e-2
@@ -50,7 +50,7 @@ def _torch_losses(bench: Bench, side: Torch) -> list[float]:
     """
     optimizer, losses = torch.optim.SGD(side.parameters.values(), RATE), []
     for number in range(STEPS):
-        outputs = filter(is_inexact, side.outputs(bench.subject.arguments(number)))
+        outputs = filter(is_inexact_tensor, side.outputs(bench.subject.arguments(number)))
         loss = sum(((y.abs() ** 2).mean() for y in outputs), torch.zeros(()))
         optimizer.zero_grad()
         loss.backward()
