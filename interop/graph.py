@@ -169,6 +169,8 @@ class _Saved:
         if isinstance(packed, torch.Tensor):
             return packed
         operand, dtype, size, stride, offset = packed
+        if not self.operands:
+            raise RuntimeError("What this graph saved is found in operands, of which it has none now.")
         tensor = self.operands[operand]
         return (tensor if tensor.dtype == dtype else tensor.view(dtype)).as_strided(size, stride, offset)
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from . import kernels
 from .aten import bound, in_checkpoint, in_reentrant_checkpoint, reads_values, tensors_in, written
 from .call import Aval, Checkpoints
+from .cycles import free_circular_graphs
 from .dtypes import is_inexact_tensor, precision_of
 from .errors import CapturedWriteError, ForeignTensorError, StateError, TorchCallError, signature_text
 from .guard import Exposure
@@ -143,6 +144,8 @@ def _observe_once(
 def _refuse_escapes(traced: Traceable, storages: Sequence[StorageWeakRef]) -> None:
     if not all(s.expired() for s in storages):
         gc.collect()  # reference cycles are not escapes
+    if not all(s.expired() for s in storages):
+        free_circular_graphs({s.cdata for s in storages if not s.expired()})
     escaped = [n for n, s in zip(traced.operand_names, storages, strict=True) if not s.expired()]
     if escaped:
         raise TorchCallError(

@@ -19,9 +19,11 @@ import torch
 
 from . import ambient, threads
 from .call import Aval, Tensors, TorchCall, execute
+from .cycles import free_circular_graphs
 from .errors import TorchCallError, runtime_message
 from .handle_flow import HandleFlow
 from .handles import is_signed, number_in, sign
+from .memory import storage_of
 from .repeated import ops_alone
 from .residuals import discard, hand_over
 
@@ -125,6 +127,8 @@ class Program:
             gc.collect()  # reference cycles are not escapes
             if _escaped(operands, before):
                 call.forget(buffers[self._n_buffers :])
+            if _escaped(operands, before):
+                free_circular_graphs({storage_of(x) for x in operands})
             self._refuse_escapes(call, _escaped(operands, before))
 
     def _replay(self, call: TorchCall, buffers: Tensors) -> bool:

@@ -98,7 +98,7 @@ def gradients(
             allow_unused=True,
         )
     if create_graph:
-        _refuse_dead_ends([g for g in grads if g is not None])
+        refuse_dead_ends([g for g in grads if g is not None])
     return tuple(torch.zeros_like(x) if g is None else dense(g) for g, x in zip(grads, xs, strict=True))
 
 
@@ -119,7 +119,7 @@ def _audit(outs: Sequence[torch.Tensor]) -> Iterator[None]:
 
         return node.register_hook(check)
 
-    handles = [watch(node) for node in _nodes(outs)]
+    handles = [watch(node) for node in nodes(outs)]
     try:
         yield
     finally:
@@ -132,7 +132,7 @@ def _audit(outs: Sequence[torch.Tensor]) -> Iterator[None]:
         )
 
 
-def _nodes(tensors: Sequence[torch.Tensor]) -> Iterator[Any]:
+def nodes(tensors: Sequence[torch.Tensor]) -> Iterator[Any]:
     """The nodes of the graph of tensors."""
     seen: set[Any] = set()
     nodes = [x.grad_fn for x in tensors]
@@ -144,12 +144,12 @@ def _nodes(tensors: Sequence[torch.Tensor]) -> Iterator[Any]:
             nodes += [following for following, _ in node.next_functions]
 
 
-def _refuse_dead_ends(grads: Sequence[torch.Tensor]) -> None:
+def refuse_dead_ends(grads: Sequence[torch.Tensor]) -> None:
     """Raise where a backward formula marked `once_differentiable` cuts the graph of gradients.
 
     torch puts an error there, but never reaches it: what lies behind is taken for unused, its gradient for zero.
     """
-    if any(node.name() == "torch::autograd::Error" for node in _nodes(grads)):
+    if any(node.name() == "torch::autograd::Error" for node in nodes(grads)):
         raise RuntimeError("trying to differentiate twice a function that was marked with @once_differentiable")
 
 

@@ -74,6 +74,7 @@ def _places(path: str, module: torch.nn.Module) -> Iterator["_Place"]:
         yield _Script(path, ScriptSlots(module))
         return
     yield _Container(path, "_modules", vars(module)["_modules"])
+    yield _LateBuffers(path, module)
     for name, value in held_by(own_attributes(module)):
         if is_generator(value):
             yield _Generator(path, name, value)
@@ -145,6 +146,30 @@ class _Container(_Place):
         container.clear()
         container.update(items) if isinstance(items, dict | set) else container.extend(items)
         return (Change(f"{self._path}{name}", self.number, is_state),)
+
+
+class _LateBuffers(_Place):
+    """The buffers that have no tensor before a call: those that no state dict has are caches, new in every call."""
+
+    def __init__(self, path: str, module: torch.nn.Module):
+        self._path, self._buffers, self._temporary = path, module._buffers, module._non_persistent_buffers_set
+
+    def items(self) -> tuple[set[str], dict[str, None], set[str]]:
+        """The names of those that have one, the others, and the names of those that no state dict has."""
+        absent = {name: None for name, tensor in self._buffers.items() if tensor is None}
+        return {*self._buffers} - {*absent}, absent, self._temporary.copy()
+
+    def put_back(self, items: tuple[set[str], dict[str, None], set[str]]) -> Iterable[Change]:
+        present, absent, temporary = items
+        late = [name for name, x in self._buffers.items() if x is not None and name not in present]
+        if not late:
+            return ()
+        changes = [Change(f"{self._path}{name}", self.number, name not in self._temporary) for name in late]
+        for name in late:
+            del self._buffers[name]
+        self._buffers.update(absent)
+        self._temporary.intersection_update(temporary)
+        return changes
 
 
 class _Script(_Place):

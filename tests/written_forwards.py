@@ -22,6 +22,7 @@ class _Module(nn.Module):
         self.linear, self.child = nn.Linear(3, 3), nn.Identity()
         self.frozen = nn.Parameter(torch.rand(3) + 0.5, requires_grad=False)
         self.register_buffer("scale", torch.rand(3) + 0.5)
+        self.register_buffer("temporary", None, persistent=False)
         self.embedding = nn.Embedding(5, 3, max_norm=0.5)
         self.last, self.history, self.child.cache, self.child.box = None, [], {}, Box()
 
@@ -30,6 +31,7 @@ def module_of(forward: Callable[..., Any]) -> nn.Module:
     """A module of that name and forward, with
 
     - parameters `linear.weight`, `linear.bias`, `embedding.weight` (of at most a norm) and `frozen`, a buffer `scale`;
+    - a buffer `temporary` (None), which no state dict has;
     - attributes `last` (None), `history` (a list), `child.cache` (a dict) and `child.box` (an object).
     """
     return type(forward.__name__, (_Module,), {"forward": forward})()

@@ -9,6 +9,7 @@ import torch
 from torch.autograd import forward_ad
 
 from ...interop.dtypes import is_inexact_tensor
+from ...interop.reverse import refuse_dead_ends
 from ...interop.trees import leaf_names
 from .numbers import to_numpy, weights_of
 from .subject import Subject, map_tensors, tensors_of
@@ -73,6 +74,7 @@ class Torch:
     def double_backward(self, args: tuple[Any, ...], direction: Direction) -> list[np.ndarray]:
         """A Hessian-vector product by torch itself."""
         wanted, grads = self.wanted(args), self.gradients(args, create_graph=True)
+        refuse_dead_ends(grads)
         pairs = [(g, torch.from_numpy(d).to(g)) for g, d in zip(grads, direction, strict=True) if g.requires_grad]
         slope = sum(((g.conj() * d).sum().real for g, d in pairs), torch.zeros(()))
         products = torch.autograd.grad(slope, wanted, allow_unused=True) if pairs else [None] * len(wanted)

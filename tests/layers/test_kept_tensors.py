@@ -146,6 +146,23 @@ def _computed_once(self, x):
     return self.linear(x) / self.last
 
 
+def _late_buffer(self, x):
+    self.child.register_buffer("late", self.linear.weight.norm() + x.sum(), persistent=False)
+    return self.linear(x) / self.child.late
+
+
+def _filled_buffer(self, x):
+    if self.temporary is None:
+        self.temporary = self.linear.weight.norm()
+    return self.linear(x) / self.temporary
+
+
+def _filled_buffer_of_values(self, x):
+    if x.sum() < 1e9 and self.temporary is None:
+        self.temporary = self.linear.weight.norm()
+    return self.linear(x) / self.temporary
+
+
 @eager_and_filter_jit
 @pytest.mark.parametrize(
     "forward",
@@ -156,6 +173,9 @@ def _computed_once(self, x):
         _written_when_kept_as_clone,
         _weight_in_attribute,
         _computed_once,
+        _late_buffer,
+        _filled_buffer,
+        _filled_buffer_of_values,
     ],
     ids=lambda f: f.__name__.strip("_"),
 )
@@ -210,6 +230,11 @@ def _counter_in_an_object(self, x):
     return self.linear(x) * self.child.box.content
 
 
+def _new_state(self, x):
+    self.child.register_buffer("late", x.sum())
+    return self.linear(x)
+
+
 def _tensor_in_an_object(self, x):
     before, self.child.box.content = self.child.box.content, 2 * x
     return x if before is None else x + before
@@ -224,8 +249,9 @@ def _tensor_in_an_object(self, x):
         (_new_submodule, "attribute `child`"),
         (_counter_in_an_object, r"attribute `child\.box\.content`"),
         (_tensor_in_an_object, r"attribute `child\.box\.content`"),
+        (_new_state, r"attribute `child\.late`"),
     ],
-    ids=["new-parameter", "deleted-parameter", "new-submodule", "counter-in-an-object", "tensor-in-an-object"],
+    ids=lambda x: x.__name__.strip("_") if callable(x) else "",
 )
 def test_a_forward_whose_changes_would_be_lost(forward, message, jit):
     module = module_of(forward)
