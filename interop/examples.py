@@ -1,8 +1,8 @@
 """Example values to run a torch callable on: arguments that are there, or made ones of several kinds.
 
 Shapes hardly ever depend on values, but code may refuse some: so there are positive numbers below one (probabilities,
-variances), numbers of either sign, and matrices that can be factorised; indices that are in range anywhere, and
-lengths that are not zero. They are the same each time, and no generator moves for them.
+variances), numbers of either sign, matrices that can be factorised, numbers in order; indices that are in range
+anywhere, and lengths that are not zero. They are the same each time, and no generator moves for them.
 """
 
 import math
@@ -85,6 +85,12 @@ def _definite(shape: tuple[int, ...], number: int) -> torch.Tensor:
     return (values + values.mT) / 2 + shape[-1] * torch.eye(shape[-1])
 
 
+def _rising(shape: tuple[int, ...], number: int) -> torch.Tensor:
+    """Each number larger than the one before: times, edges of bins."""
+    values = np.linspace(0.1, 0.9, math.prod(shape)) * (1 + number / 100)
+    return torch.from_numpy(values.reshape(shape).astype(np.float32))
+
+
 def _ones(shape: tuple[int, ...], number: int) -> torch.Tensor:
     return torch.ones(shape)
 
@@ -97,6 +103,7 @@ _KINDS: tuple[tuple[Maker, int, bool], ...] = (
     (_normal, 0, False),
     (_uniform, 1, True),
     (_definite, 0, True),
+    (_rising, 1, True),
     (_ones, 1, False),
     (_zeros, 0, False),
 )

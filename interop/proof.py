@@ -15,8 +15,9 @@ from torch._functorch import pyfunctorch
 
 from . import dtypes, reverse
 from .dtypes import is_inexact_tensor, precision_of
-from .errors import quote
+from .errors import TorchCallError, quote
 from .host_random import host_generators_kept
+from .own_functions import applications, with_wrong_gradients
 from .plan import Plan
 from .repeated import LARGE
 
@@ -42,12 +43,29 @@ def disagreement(call: "TorchCall", plan: Plan, tensors: "Tensors") -> str | Non
     small, operands = call.sampled(tensors)
     with pyfunctorch.temporarily_clear_interpreter_stack(), host_generators_kept():
         operands = _with_directions(small, operands)
-        if not plan.core:
-            return _cut(small, plan, operands)
-        objection, is_shown = _compare(small, plan, operands)
-        if objection is None and not (is_shown and _examples_differ(small, operands)) and not _are_large(operands):
-            with contextlib.suppress(Exception):  # the call need not be defined there
-                objection, _ = _compare(small, plan, _moved(small, operands, _CLOSE))
+        if len(call.derivatives) < 2:
+            return _objection(small, plan, operands)
+        with applications() as found:
+            objection = _objection(small, plan, operands)
+        wrong = with_wrong_gradients(found) if objection is None else None
+    if wrong:
+        raise TorchCallError(
+            f"{call.name}: torch has the derivative of the gradient of {wrong}, a torch.autograd.Function, wrong, by "
+            "finite differences: its backward uses what its forward computed, which torch takes for a constant there. "
+            "Let it save nothing but its inputs and outputs, by `ctx.save_for_backward`, or compute by ops what it "
+            "computes. First derivatives are right."
+        )
+    return objection
+
+
+def _objection(call: "TorchCall", plan: Plan, operands: "Tensors") -> str | None:
+    """What speaks against a plan on the operands of a few examples."""
+    if not plan.core:
+        return _cut(call, plan, operands)
+    objection, is_shown = _compare(call, plan, operands)
+    if objection is None and not (is_shown and _examples_differ(call, operands)) and not _are_large(operands):
+        with contextlib.suppress(Exception):  # the call need not be defined there
+            objection, _ = _compare(call, plan, _moved(call, operands, _CLOSE))
     return objection
 
 

@@ -31,6 +31,8 @@ def fake_mode(answers: Sequence[Any] = ()) -> Iterator[KnownConstants]:
             torch.no_grad(),
             differentiable_path(),
             without_cudnn(),
+            # Code that is compiled in a mode may have the mode's tensors for constants, for ever.
+            torch.jit.optimized_execution(False),  # pyright: ignore[reportPrivateImportUsage]
             eager,
         ):
             yield mode

@@ -344,6 +344,10 @@ def test_what_some_synthetic_values_accept_is_called():
     def triangular(x):
         return torch.linalg.cholesky(x) if x.sum() > 0 else x
 
+    def ordered(x, times):
+        assert (times[1:] > times[:-1]).all(), "times must be in order"
+        return x * times.diff().sum()
+
     program = jax.jit(torch_function(positive))
     x = jnp.full((4, 3), 2.0)
     close(program(x), jnp.log(x))
@@ -351,6 +355,7 @@ def test_what_some_synthetic_values_accept_is_called():
         jax.block_until_ready(program(-x))
     matrix = jnp.array([[2.0, 0.5], [0.5, 1.0]])
     close(jax.jit(torch_function(triangular))(matrix), jnp.linalg.cholesky(matrix))
+    close(jax.jit(torch_function(ordered))(x, jnp.array([0.0, 0.5, 3.0])), 3 * x)
 
 
 def test_shapes_that_rarely_depend_on_values_are_checked_in_every_run():

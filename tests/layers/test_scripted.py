@@ -1,5 +1,7 @@
 """Parts of TorchScript, generated code and sparse attributes: torch's values and derivatives at every run."""
 
+import threading
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -195,3 +197,19 @@ def test_frozen_code():
         assert_trees_close(model(x), from_torch(module(X)))
     grads = eqx.filter_grad(lambda m: weighted_sum(m(x)))(model)
     assert_trees_close(grads.params, torch_gradients_of(module, module, (X,), {})[0])
+
+
+def test_traces_leave_nothing_in_compiled_code():
+    """TorchScript's optimiser makes constants of tensors, those of a mode too; it has a rest there, in no other thread."""
+    seen = []
+
+    def function(x):
+        here = torch._C._get_graph_executor_optimize()
+        thread = threading.Thread(target=lambda: seen.append((here, torch._C._get_graph_executor_optimize())))
+        thread.start()
+        thread.join()
+        return x * 2
+
+    torchleaf.torch_function(function)(from_torch(X))
+    assert set(seen) == {(False, True), (True, True)}
+    assert torch._C._get_graph_executor_optimize()

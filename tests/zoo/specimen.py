@@ -38,7 +38,7 @@ class Specimen(Subject):
     maps: Callable[[torch.Tensor], bool] = torch.is_floating_point
     training: bool = False
     random: bool = False
-    smooth: bool = True
+    smooth: bool | None = None
     forward_mode: bool = True
     not_asked: Mapping[str, str] = field(default_factory=dict)
 

@@ -41,7 +41,7 @@ class TwoGraphs(nn.Module):
 
     def forward(self, x: torch.Tensor, edge_index: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
         x = self.second(self.first(x, edge_index).relu(), edge_index)
-        return self.head(self.readout(x, batch))
+        return self.head(self.readout(x, batch, size=2))
 
 
 class NodeClassifier(nn.Module):
