@@ -5,7 +5,8 @@ No proof can find these (`proof.py`), for torch.autograd itself has them wrong, 
 - weight norm: `torch.autograd.gradgradcheck` fails for `torch._weight_norm`;
 - layer and batch norm: their backward's backward takes means and deviations that were saved for constants, so that its
   own derivative is wrong; the third derivative, that is, and the second where it is made of these;
-- `native_layer_norm`, whose means and deviations are outputs: its forward mode fails;
+- `native_layer_norm` and `native_batch_norm`, whose means and deviations are outputs, constants to torch: the forward
+  mode of the former fails;
 - determinants: under `vmap` or in a dispatch mode, as replays are recorded in, their backward chooses between a formula
   for regular and one for singular matrices after computing both, of which the latter gives NaN where singular values
   are equal, at the identity for instance;
@@ -70,9 +71,23 @@ def _layer_norm(
 def _native_layer_norm(
     x: torch.Tensor, normalized_shape: Sequence[int], weight: Optional, bias: Optional, eps: float
 ) -> tuple[torch.Tensor, ...]:
-    wide, dims = _wide(x), tuple(range(-len(normalized_shape), 0))
+    wide, dims = _wide(x.detach()), tuple(range(-len(normalized_shape), 0))
     mean, var = wide.mean(dims, keepdim=True), wide.var(dims, correction=0, keepdim=True)
     return _layer_norm(x, normalized_shape, weight, bias, eps), mean, torch.rsqrt(var + eps)
+
+
+def _native_batch_norm(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One that returns statistics, and writes into running ones if it is given any."""
+
+    def run(x: torch.Tensor, weight: Optional, bias: Optional, *rest: Any, **named: Any) -> tuple[torch.Tensor, ...]:
+        constants = [t.detach() if isinstance(t, torch.Tensor) else t for t in (x, weight, bias)]
+        *running, momentum, eps = rest
+        mean, var = (s.clone() if isinstance(s, torch.Tensor) else None for s in (*running[:2], None, None)[:2])
+        training = next((r for r in running if isinstance(r, bool)), True)
+        _, *statistics = function(*constants, *rest, **named)
+        return _batch_norm(x, mean, var, weight, bias, training, momentum, eps), *statistics
+
+    return run
 
 
 def _batch_norm(
@@ -169,6 +184,16 @@ def _of_aten(composed: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+_ATEN = (
+    torch.ops.aten.native_batch_norm,
+    torch.ops.aten._native_batch_norm_legit,
+    torch.ops.aten._batch_norm_with_update,
+)
+_NATIVE: tuple[Any, ...] = (
+    *(torch.native_batch_norm, torch._native_batch_norm_legit),
+    *(f for packet in _ATEN for f in (packet, *(getattr(packet, name) for name in packet.overloads()))),
+)
+
 _FUNCTIONS: dict[str, dict[Any, Callable[..., Any]]] = {
     "weight norm": {torch._weight_norm: _weight_norm},  # pyright: ignore[reportPrivateImportUsage]
     "layer norm": {F.layer_norm: _layer_norm, torch.layer_norm: _layer_norm},
@@ -178,6 +203,7 @@ _FUNCTIONS: dict[str, dict[Any, Callable[..., Any]]] = {
         F.instance_norm: _instance_norm,
         torch.batch_norm: _of_aten(_batch_norm),
         torch.instance_norm: _of_aten(_instance_norm),
+        **{f: _native_batch_norm(f) for f in _NATIVE},
     },
     "determinant": dict.fromkeys((torch.linalg.det, torch.det, torch.Tensor.det), _determinant),
     "logcumsumexp": {torch.logcumsumexp: _logcumsumexp, torch.Tensor.logcumsumexp: _logcumsumexp},

@@ -92,6 +92,15 @@ class Case:
         return (ahead - behind) / (2 * step)
 
     @property
+    def jumps(self) -> bool:
+        """Whether the gradient is another one right beside the operands."""
+        slopes = [
+            self.slope,
+            *(self.at([x + s * v for x, v in zip(self.operands, self.v, strict=True)]).slope for s in (1e-7, -1e-7)),
+        ]
+        return max(slopes) - min(slopes) > 1e-3 * max(*map(abs, slopes), 1e-3)
+
+    @property
     def slope(self) -> float:
         """The derivative along `u`."""
         assert self.gradient is not None
@@ -100,6 +109,8 @@ class Case:
 
 def inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The real inner product."""
+    if a.dtype == torch.complex32:  # of which torch has no sums
+        a, b = a.to(torch.complex64), b.to(torch.complex64)
     return (a.conj() * b).sum().real if a.is_complex() or b.is_complex() else (a * b).sum()
 
 

@@ -200,7 +200,7 @@ def test_frozen_code():
 
 
 def test_traces_leave_nothing_in_compiled_code():
-    """TorchScript's optimiser makes constants of tensors, those of a mode too; it has a rest there, in no other thread."""
+    """TorchScript's optimiser makes constants of tensors, those of a mode too; it rests there, in no other thread."""
     seen = []
 
     def function(x):
