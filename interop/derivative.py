@@ -18,8 +18,8 @@ from .graph import Graph
 from .handles import HANDLE
 from .hidden_writes import hidden_writes
 from .modes import Mode
-from .once import Once
 from .plan import Plan
+from .process.once import Once
 from .tangents import one_at_a_time
 
 

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import formulas
 from .errors import TorchCallError
-from .switches import Switch
+from .process.switches import Switch
 from .tangents import one_at_a_time, uses_forward_mode
 
 NONE: frozenset[str] = frozenset()

@@ -17,7 +17,7 @@ import torch
 from .differences import OtherDerivativeError, check_slope, drawn_like, inner
 from .dtypes import is_inexact_tensor
 from .guard import is_plain_run
-from .switches import Switch
+from .process.switches import Switch
 
 _MOST, _MOST_ELEMENTS = 50, 2**20
 Tensors = tuple[torch.Tensor, ...]

@@ -24,7 +24,7 @@ from . import dtypes, threads
 from .call import Aval, TorchCall
 from .handle_flow import flow_of
 from .handles import BY_PLACE
-from .once import Once
+from .process.once import Once
 from .program import Program, is_complex, part_avals, program_of, run_program, uses_captured_tensors, wait_until_idle
 
 _TARGET = "torchleaf_call"
