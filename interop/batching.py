@@ -13,11 +13,12 @@ from functools import cached_property
 
 import torch
 
-from . import dtypes, scope
+from . import scope
 from .call import Aval, Level, Linearized, Tensors, TorchCall, VmapMethod, take
 from .errors import StateError, TorchCallError
 from .plan import Plan
 from .trial import trial_run
+from .values import dtypes
 
 Dims = tuple[int | None, ...]
 

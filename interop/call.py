@@ -22,12 +22,12 @@ import torch
 
 from . import ambient, scope
 from .choice import Choice
-from .dtypes import is_inexact
 from .errors import quote, signature_text
 from .kernels import FUSED, NONE, UNRECORDED, chosen, lacking_derivatives, refuse_scripted
 from .plan import Plan, Transform
 from .repeated import LARGE, Repeated
 from .tangents import in_forward_mode, stopped_by_no_grad
+from .values.dtypes import is_inexact
 
 Aval = jax.ShapeDtypeStruct
 Tensors = tuple[torch.Tensor, ...]

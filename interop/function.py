@@ -12,12 +12,9 @@ import jax
 import torch
 from jax.core import Tracer
 
-from . import dtypes
 from .ambient import autocast_here
 from .arguments import Arguments, Filler
-from .arrays import array_to_torch
 from .call import Aval, Residuals, TorchCall, VmapMethod
-from .device import device_here
 from .errors import TorchCallError
 from .examples import Example, made_examples
 from .kernels import COMPILED, NONE, compiled_code
@@ -28,6 +25,9 @@ from .signature import Signature
 from .specialize import Specialized
 from .trace import Trace, trace
 from .traceable import Flat, Traceable
+from .values import dtypes
+from .values.arrays import array_to_torch
+from .values.device import device_here
 
 _VMAP_METHODS = ("auto", "vmap", "batched", "loop")
 

@@ -18,11 +18,11 @@ from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradien
 
 from .call import Tensors, TorchCall
 from .kernels import compiling
-from .memory import storage_of
 from .plan import Plan
 from .repeated import Repeated
 from .reverse import dense
 from .scope import Scope
+from .values.memory import storage_of
 
 Batch = tuple[tuple[int | None, ...], int]
 """The batch axes of a call's operands and the size of the batch."""

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .aten import STATISTICS, bound, written
 from .function_modes import FunctionMode
-from .memory import has_storage, storage_of
 from .modes import Mode
 from .random import draws, refuse
+from .values.memory import has_storage, storage_of
 
 EXPOSING = frozenset(
     {"numpy", "__array__", "data_ptr", "untyped_storage", "storage", "_typed_storage", "__dlpack__", "to_dlpack"}

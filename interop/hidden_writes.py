@@ -14,12 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import reverse, scope
 from .aten import bound, tensors_in, written
 from .call import Base, Tensors, take
-from .dtypes import is_inexact
 from .errors import ForeignTensorError, RandomnessError, TorchCallError
-from .memory import has_storage, storage_of
 from .modes import Mode
 from .random import draws
 from .trial import trial_run
+from .values.dtypes import is_inexact
+from .values.memory import has_storage, storage_of
 
 
 def hidden_writes(call: Base) -> bool:

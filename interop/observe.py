@@ -14,17 +14,17 @@ from . import kernels
 from .aten import bound, in_checkpoint, in_reentrant_checkpoint, reads_values, tensors_in, written
 from .call import Aval, Checkpoints
 from .cycles import free_circular_graphs
-from .dtypes import is_inexact_tensor, precision_of
 from .errors import CapturedWriteError, ForeignTensorError, StateError, TorchCallError, signature_text
 from .guard import Exposure
 from .known import KnownConstants
-from .memory import fills_storage, has_storage, memory_key, storage_of
 from .modes import Mode
 from .operations import operations
 from .outputs import describe
 from .own_gradients import Asked, wants_gradients
 from .random import draws, refuse
 from .traceable import Flat, Traceable
+from .values.dtypes import is_inexact_tensor, precision_of
+from .values.memory import fills_storage, has_storage, memory_key, storage_of
 
 
 @dataclass(frozen=True)

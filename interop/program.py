@@ -23,9 +23,9 @@ from .cycles import free_circular_graphs
 from .errors import TorchCallError, runtime_message
 from .handle_flow import HandleFlow
 from .handles import is_signed, number_in, sign
-from .memory import storage_of
 from .repeated import ops_alone
 from .residuals import discard, hand_over
+from .values.memory import storage_of
 
 _numbers = itertools.count(secrets.randbits(62))
 _running: list[int] = []

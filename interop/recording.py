@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .aten import bound, reads_values, written
 from .guard import Exposure
-from .memory import fills_storage, is_plain, memory_key, storage_of
 from .modes import Mode
 from .random import draws
+from .values.memory import fills_storage, is_plain, memory_key, storage_of
 
 Tensors = tuple[torch.Tensor, ...]
 

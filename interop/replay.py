@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from .cuda_graphs import MOST_BYTES, Captured
-from .memory import memory_key
 from .recording import NOTHING, Part, Recorder, Slot, Step
-from .static import static_key
+from .values.memory import memory_key
+from .values.statics import static_key
 
 Replay = Callable[..., list[torch.Tensor]]
 """Takes a list of what the part before keeps for it, which it empties, its inputs, and tensors into which it writes its

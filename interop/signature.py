@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .random import is_key
-from .trees import leaf_names
+from .values.trees import leaf_names
 
 
 class Signature:

@@ -7,17 +7,18 @@ from typing import Any, NoReturn
 import jax
 import torch
 
-from . import ambient, dtypes, guard
+from . import ambient, guard
 from .call import Aval, Base, Tensors
 from .errors import TorchCallError
 from .guard import Guard
 from .kernels import HIGHER_ORDER, UNRECORDED, quiet_compiler
-from .memory import storage_of
-from .narrow import narrowed
-from .static import static_key
 from .trace import Trace
 from .traceable import Flat
-from .trees import flatten_registering, leaf_names
+from .values import dtypes
+from .values.memory import storage_of
+from .values.narrow import narrowed
+from .values.statics import static_key
+from .values.trees import flatten_registering, leaf_names
 
 
 class Specialized:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import jax
 import torch
 
-from ..interop import dtypes
 from ..interop.arguments import Arguments, Filler
 from ..interop.call import Aval
 from ..interop.errors import CapturedWriteError, ForeignTensorError, RandomnessError, StateError, TorchCallError
@@ -17,6 +16,7 @@ from ..interop.guard import changed, is_plain_run
 from ..interop.scope import current as current_scope
 from ..interop.trace import Trace
 from ..interop.traceable import Flat
+from ..interop.values import dtypes
 from .attributes import Change, put_back, stray_tensors
 from .channels import to_flax_layout, to_torch_layout
 from .gradient_hooks import hooks_of

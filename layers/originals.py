@@ -14,7 +14,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..interop.errors import ForeignTensorError, TorchCallError
-from ..interop.memory import has_storage, storage_of
+from ..interop.values.memory import has_storage, storage_of
 from .places import StandIn
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import torch
 
-from ...interop.dtypes import precision_of
+from ...interop.values.dtypes import precision_of
 from .jax_side import Ours
 from .numbers import DOUBLE, HALF, SINGLE, NotAskedError, WrongError, compare, normal, size_of, to_numpy
 from .subject import Subject, like, tensors_of

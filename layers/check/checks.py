@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import torch
 
-from ...interop.trees import flatten_registering
+from ...interop.values.trees import flatten_registering
 from .bench import STEP, Bench, torch_cannot, what_torch_can, wide
 from .jax_side import arrays_of
 from .numbers import DOUBLE, NotAskedError, compare, numpy_of_tensors, size_of

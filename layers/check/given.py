@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from jax.core import Tracer
 
-from ...interop import dtypes
-from ...interop.arrays import array_to_torch
-from ...interop.dtypes import is_inexact_tensor
-from ...interop.trees import flatten_registering
+from ...interop.values import dtypes
+from ...interop.values.arrays import array_to_torch
+from ...interop.values.dtypes import is_inexact_tensor
+from ...interop.values.trees import flatten_registering
 from ..channels import to_flax_layout, to_torch_layout
 from ..functional_module import FunctionalModule
 from ..skeleton import in_mode, named_tensors

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import torch
 
-from ...interop import dtypes
-from ...interop.trees import flatten_registering
+from ...interop.values import dtypes
+from ...interop.values.trees import flatten_registering
 from .numbers import to_numpy, weights_of
 from .subject import Subject
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import torch
 
-from ...interop.trees import flatten_registering
+from ...interop.values.trees import flatten_registering
 from .wrapped import Wrapped
 
 

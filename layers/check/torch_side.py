@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch.autograd import forward_ad
 
-from ...interop.dtypes import is_inexact_tensor
 from ...interop.reverse import refuse_dead_ends
-from ...interop.trees import leaf_names
+from ...interop.values.dtypes import is_inexact_tensor
+from ...interop.values.trees import leaf_names
 from .numbers import to_numpy, weights_of
 from .subject import Subject, map_tensors, tensors_of
 

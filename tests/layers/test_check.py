@@ -14,7 +14,7 @@ import torchleaf.nnx
 from checking import X, outcome
 from flax import nnx
 from torch import nn
-from torchleaf.interop import dtypes
+from torchleaf.interop.values import dtypes
 from torchleaf.layers.check.given import Given
 from torchleaf.layers.check.kinds import kind_of
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
-from torchleaf.interop.dtypes import is_inexact_tensor
+from torchleaf.interop.values.dtypes import is_inexact_tensor
 from torchleaf.layers.check.bench import Bench
 from torchleaf.layers.check.numbers import NotAskedError, compare, numpy_of_tensors
 from torchleaf.layers.check.torch_side import Torch

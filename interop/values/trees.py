@@ -12,14 +12,14 @@ import torch
 import torch.utils._pytree as torch_pytree
 from jax.tree_util import GetAttrKey, SequenceKey
 
-from . import packed
+from . import packed_sequence
 from .records import attributes, is_cache, is_record, register_record
 
 _ARRAYS = (torch.Tensor, jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 _registered: set[type] = set()
 _registering = threading.RLock()
 
-packed.register()  # first of all: JAX would take a PackedSequence for a plain named tuple
+packed_sequence.register()  # first of all: JAX would take a PackedSequence for a plain named tuple
 
 
 def flatten_registering(tree: Any, *, every_record: bool = False) -> tuple[list[Any], Any]:
