@@ -16,8 +16,8 @@ import torch
 from . import scope
 from .call import Aval, Level, Linearized, Tensors, TorchCall, VmapMethod, take
 from .errors import StateError, TorchCallError
+from .modes.trial import trial_run
 from .plan import Plan
-from .trial import trial_run
 from .values import dtypes
 
 Dims = tuple[int | None, ...]

@@ -20,13 +20,14 @@ from typing import Any, Literal, TypeVar
 import jax
 import torch
 
-from . import ambient, scope
+from . import scope
 from .choice import Choice
 from .errors import quote, signature_text
-from .kernels import FUSED, NONE, UNRECORDED, chosen, lacking_derivatives, refuse_scripted
+from .modes import ambient
+from .modes.forward_ad import in_forward_mode, stopped_by_no_grad
+from .modes.kernels import FUSED, NONE, UNRECORDED, chosen, lacking_derivatives, refuse_scripted
 from .plan import Plan, Transform
 from .repeated import LARGE, Repeated
-from .tangents import in_forward_mode, stopped_by_no_grad
 from .values.dtypes import is_inexact
 
 Aval = jax.ShapeDtypeStruct

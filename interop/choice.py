@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .errors import TorchCallError, quote
+from .modes.trial import trial_run
 from .plan import CERTAIN, Plan, candidates, needs_audit
 from .proof import disagreement
-from .trial import trial_run
 
 if TYPE_CHECKING:
     from .call import Tensors, TorchCall

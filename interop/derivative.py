@@ -17,10 +17,10 @@ from .errors import TorchCallError
 from .graph import Graph
 from .handles import HANDLE
 from .hidden_writes import hidden_writes
-from .modes import Mode
+from .modes.dispatch import Mode
+from .modes.forward_ad import one_at_a_time
 from .plan import Plan
 from .process.once import Once
-from .tangents import one_at_a_time
 
 
 def linearize(call: TorchCall, active: tuple[int, ...]) -> Linearized:

@@ -12,15 +12,15 @@ import jax
 import torch
 from jax.core import Tracer
 
-from .ambient import autocast_here
 from .arguments import Arguments, Filler
 from .call import Aval, Residuals, TorchCall, VmapMethod
 from .errors import TorchCallError
 from .examples import Example, made_examples
-from .kernels import COMPILED, NONE, compiled_code
 from .keyed import with_key
+from .modes.ambient import autocast_here
+from .modes.kernels import COMPILED, NONE, compiled_code
+from .modes.random import PASS_A_KEY, LateKey, key_operand
 from .primitive import bind
-from .random import PASS_A_KEY, LateKey, key_operand
 from .signature import Signature
 from .specialize import Specialized
 from .trace import Trace, trace

@@ -17,7 +17,7 @@ import torch
 from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge, saved_tensors_hooks
 
 from .call import Tensors, TorchCall
-from .kernels import compiling
+from .modes.kernels import compiling
 from .plan import Plan
 from .repeated import Repeated
 from .reverse import dense

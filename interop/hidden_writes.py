@@ -12,12 +12,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import reverse, scope
-from .aten import bound, tensors_in, written
 from .call import Base, Tensors, take
 from .errors import ForeignTensorError, RandomnessError, TorchCallError
-from .modes import Mode
-from .random import draws
-from .trial import trial_run
+from .modes.aten import bound, tensors_in, written
+from .modes.dispatch import Mode
+from .modes.random import draws
+from .modes.trial import trial_run
 from .values.dtypes import is_inexact
 from .values.memory import has_storage, storage_of
 

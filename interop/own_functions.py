@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .differences import OtherDerivativeError, check_slope, drawn_like, inner
-from .guard import is_plain_run
+from .modes.guard import is_plain_run
 from .process.switches import Switch
 from .values.dtypes import is_inexact_tensor
 

@@ -17,12 +17,13 @@ from typing import Any
 import jax.numpy as jnp
 import torch
 
-from . import ambient, threads
+from . import threads
 from .call import Aval, Tensors, TorchCall, execute
 from .cycles import free_circular_graphs
 from .errors import TorchCallError, runtime_message
 from .handle_flow import HandleFlow
 from .handles import is_signed, number_in, sign
+from .modes import ambient
 from .repeated import ops_alone
 from .residuals import discard, hand_over
 from .values.memory import storage_of

@@ -15,7 +15,7 @@ from torch._functorch import pyfunctorch
 
 from . import reverse
 from .errors import TorchCallError, quote
-from .host_random import host_generators_kept
+from .modes.host_random import host_generators_kept
 from .own_functions import applications, with_wrong_gradients
 from .plan import Plan
 from .repeated import LARGE

@@ -17,10 +17,10 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .aten import bound, reads_values, written
-from .guard import Exposure
-from .modes import Mode
-from .random import draws
+from .modes.aten import bound, reads_values, written
+from .modes.dispatch import Mode
+from .modes.guard import Exposure
+from .modes.random import draws
 from .values.memory import fills_storage, is_plain, memory_key, storage_of
 
 Tensors = tuple[torch.Tensor, ...]

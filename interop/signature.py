@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from .random import is_key
+from .modes.random import is_key
 from .values.trees import leaf_names
 
 

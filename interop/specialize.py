@@ -7,11 +7,11 @@ from typing import Any, NoReturn
 import jax
 import torch
 
-from . import ambient, guard
 from .call import Aval, Base, Tensors
 from .errors import TorchCallError
-from .guard import Guard
-from .kernels import HIGHER_ORDER, UNRECORDED, quiet_compiler
+from .modes import ambient, guard
+from .modes.guard import Guard
+from .modes.kernels import HIGHER_ORDER, UNRECORDED, quiet_compiler
 from .trace import Trace
 from .traceable import Flat
 from .values import dtypes

@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 
-from . import kernels
 from .call import Checkpoints
-from .device_random import can_draw
 from .errors import TorchCallError, quote, signature_text
 from .examples import Example
-from .host_random import drawn_from, host_generators_seeded, refuse_host_draws
-from .known import Failure, KnownConstants
+from .modes import kernels
+from .modes.device_random import can_draw
+from .modes.host_random import drawn_from, host_generators_seeded, refuse_host_draws
+from .modes.known import Failure, KnownConstants
+from .modes.trial import fake_mode
 from .observe import Observation, observe
 from .outputs import compare, declared
 from .repeated import SMALL
 from .traceable import Traceable
-from .trial import fake_mode
 
 Output = tuple[Any, tuple[Any, ...]]
 """The tree and leaves of what a callable returns."""

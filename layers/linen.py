@@ -17,7 +17,7 @@ from jax.core import Tracer
 
 from ..interop.call import Residuals, VmapMethod
 from ..interop.errors import StateError
-from ..interop.random import LateKey
+from ..interop.modes.random import LateKey
 from .flax_common import Collection, nest, stop_gradient
 from .functional_module import FunctionalModule
 from .linen_captured import Captured, Tree

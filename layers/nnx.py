@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from ..interop.call import Residuals, VmapMethod
 from ..interop.errors import TorchCallError
-from ..interop.random import LateKey
+from ..interop.modes.random import LateKey
 from .flax_common import collections, stop_gradient
 from .functional_module import FunctionalModule
 from .skeleton import named_tensors

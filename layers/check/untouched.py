@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ...interop.host_random import host_generators_kept
+from ...interop.modes.host_random import host_generators_kept
 
 
 @contextlib.contextmanager

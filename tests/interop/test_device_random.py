@@ -14,9 +14,9 @@ from torch import nn
 def _on_cpu(monkeypatch):
     library = torch.library.Library("torchleaf", "IMPL")
     library.impl("random_bits", philox, "CPU")
-    monkeypatch.setattr("torchleaf.interop.random.can_draw", lambda device: True)
+    monkeypatch.setattr("torchleaf.interop.modes.random.can_draw", lambda device: True)
     monkeypatch.setattr("torchleaf.interop.trace.can_draw", lambda device: True)
-    monkeypatch.setattr("torchleaf.interop.random._draw", _of_host)
+    monkeypatch.setattr("torchleaf.interop.modes.random._draw", _of_host)
     yield
     library._destroy()
 

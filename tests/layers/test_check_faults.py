@@ -110,7 +110,7 @@ def test_a_fault_of_state(monkeypatch):
 
 def test_a_fault_of_keys(monkeypatch):
     """Numbers that do not depend on the key."""
-    monkeypatch.setattr("torchleaf.interop.random._seed", lambda words: 7)
+    monkeypatch.setattr("torchleaf.interop.modes.random._seed", lambda words: 7)
     found = outcome("keys", nn.Dropout(), X)
     assert found.status == "wrong"
     assert found.text == "other keys give the same numbers"

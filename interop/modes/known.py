@@ -19,8 +19,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from ..values.memory import is_plain, storage_of
 from .aten import bound, reads_values, tensors_in, written
-from .values.memory import is_plain, storage_of
 
 _MOST_MADE = 2**20
 """Elements of a constant that is made here."""

@@ -15,11 +15,11 @@ from torch._functorch import pyfunctorch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..values.memory import has_storage, storage_of
 from .aten import STATISTICS, bound, written
+from .dispatch import Mode
 from .function_modes import FunctionMode
-from .modes import Mode
 from .random import draws, refuse
-from .values.memory import has_storage, storage_of
 
 EXPOSING = frozenset(
     {"numpy", "__array__", "data_ptr", "untyped_storage", "storage", "_typed_storage", "__dlpack__", "to_dlpack"}

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
+from ..values import dtypes
 from .ambient import neutral
 from .kernels import COMPILED, differentiable_path, plain_kernels, without_cudnn
 from .known import KnownConstants
-from .values import dtypes
 
 _fake_logger = logging.getLogger("torch._subclasses.fake_tensor")
 

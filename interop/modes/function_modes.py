@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _get_overloaded_args
 
-from .process.switches import Switch
+from ..process.switches import Switch
 
 
 class FunctionMode(TorchFunctionMode):

@@ -26,10 +26,10 @@ import torch
 from torch._functorch import pyfunctorch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..errors import RandomnessError
 from .aten import bound, in_checkpoint
 from .device_random import DeviceDraws, can_draw
-from .errors import RandomnessError
-from .modes import Mode
+from .dispatch import Mode
 
 _functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .errors import RandomnessError
+from ..errors import RandomnessError
 
 _lock = threading.RLock()
 _PYTHON, _NUMPY = "Python's random", "numpy.random"

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..errors import TorchCallError
+from ..process.switches import Switch
 from . import formulas
-from .errors import TorchCallError
-from .process.switches import Switch
-from .tangents import one_at_a_time, uses_forward_mode
+from .forward_ad import one_at_a_time, uses_forward_mode
 
 NONE: frozenset[str] = frozenset()
 MASKED = "masked attention"
