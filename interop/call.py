@@ -27,7 +27,7 @@ from .modes import ambient
 from .modes.forward_ad import in_forward_mode, stopped_by_no_grad
 from .modes.kernels import FUSED, NONE, UNRECORDED, chosen, lacking_derivatives, refuse_scripted
 from .plan import Plan, Transform
-from .repeated import LARGE, Repeated
+from .replay.repeated import LARGE, Repeated
 from .values.dtypes import is_inexact
 
 Aval = jax.ShapeDtypeStruct

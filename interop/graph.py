@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradien
 from .call import Tensors, TorchCall
 from .modes.kernels import compiling
 from .plan import Plan
-from .repeated import Repeated
+from .replay.repeated import Repeated
 from .reverse import dense
 from .scope import Scope
 from .values.memory import storage_of

@@ -10,7 +10,7 @@ from .call import Tensors, TorchCall, take
 from .derivative import Vjp
 from .graph import Graph
 from .handles import HANDLE
-from .repeated import SMALL
+from .replay.repeated import SMALL
 from .save import Save
 
 

@@ -24,7 +24,7 @@ from .errors import TorchCallError, runtime_message
 from .handle_flow import HandleFlow
 from .handles import is_signed, number_in, sign
 from .modes import ambient
-from .repeated import ops_alone
+from .replay.repeated import ops_alone
 from .residuals import discard, hand_over
 from .values.memory import storage_of
 

@@ -18,7 +18,7 @@ from .errors import TorchCallError, quote
 from .modes.host_random import host_generators_kept
 from .own_functions import applications, with_wrong_gradients
 from .plan import Plan
-from .repeated import LARGE
+from .replay.repeated import LARGE
 from .values import dtypes
 from .values.dtypes import is_inexact_tensor, precision_of
 

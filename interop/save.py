@@ -13,7 +13,7 @@ from .call import Level, Tensors, TorchCall
 from .derivative import Vjp
 from .graph import Batch, Graph, Tape
 from .handles import HANDLE, handle_of, number_of
-from .repeated import Repeated
+from .replay.repeated import Repeated
 from .residuals import Shelf, drop, hand_over
 
 

@@ -23,7 +23,7 @@ from .modes.known import Failure, KnownConstants
 from .modes.trial import fake_mode
 from .observe import Observation, observe
 from .outputs import compare, declared
-from .repeated import SMALL
+from .replay.repeated import SMALL
 from .traceable import Traceable
 
 Output = tuple[Any, tuple[Any, ...]]

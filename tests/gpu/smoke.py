@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import torchleaf
-from torchleaf.interop import cuda_graphs, residuals
+from torchleaf.interop import residuals
+from torchleaf.interop.replay.replays import cuda_graphs
 
 jax.config.update("jax_default_matmul_precision", "highest")
 counts = {"launched": 0, "used": 0}

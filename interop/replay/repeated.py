@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from .errors import quote
+from ..errors import quote
 from .recording import Recorder
-from .replay import Code, OtherValueError, Replay, codes_of
+from .replays import Code, OtherValueError, Replay, codes_of
 
 Tensors = tuple[torch.Tensor, ...]
 Direction = tuple[tuple[int, ...], tuple[int, ...]]

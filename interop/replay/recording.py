@@ -17,11 +17,11 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .modes.aten import bound, reads_values, written
-from .modes.dispatch import Mode
-from .modes.guard import Exposure
-from .modes.random import draws
-from .values.memory import fills_storage, is_plain, memory_key, storage_of
+from ..modes.aten import bound, reads_values, written
+from ..modes.dispatch import Mode
+from ..modes.guard import Exposure
+from ..modes.random import draws
+from ..values.memory import fills_storage, is_plain, memory_key, storage_of
 
 Tensors = tuple[torch.Tensor, ...]
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from ..values.memory import memory_key
+from ..values.statics import static_key
 from .cuda_graphs import MOST_BYTES, Captured
 from .recording import NOTHING, Part, Recorder, Slot, Step
-from .values.memory import memory_key
-from .values.statics import static_key
 
 Replay = Callable[..., list[torch.Tensor]]
 """Takes a list of what the part before keeps for it, which it empties, its inputs, and tensors into which it writes its
