@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from .call import Aval
+from .calls.call import Aval
 from .signature import Signature
 from .values import dtypes
 from .values.arrays import check_range

@@ -13,7 +13,7 @@ import torch
 from jax.core import Tracer
 
 from .arguments import Arguments, Filler
-from .call import Aval, Residuals, TorchCall, VmapMethod
+from .calls.call import Aval, Residuals, TorchCall, VmapMethod
 from .errors import TorchCallError
 from .examples import Example, made_examples
 from .keyed import with_key

@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
-from .call import Aval, Checkpoints
-from .cycles import free_circular_graphs
+from .calls.call import Aval, Checkpoints
+from .calls.cycles import free_circular_graphs
 from .errors import CapturedWriteError, ForeignTensorError, StateError, TorchCallError, signature_text
 from .modes import kernels
 from .modes.aten import bound, in_checkpoint, in_reentrant_checkpoint, reads_values, tensors_in, written

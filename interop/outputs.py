@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import torch
 
-from .call import Aval
+from .calls.call import Aval
 from .errors import TorchCallError
 from .values import dtypes
 from .values.trees import flatten_registering, leaf_names

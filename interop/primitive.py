@@ -14,13 +14,13 @@ from jax.extend.core import Primitive, Var
 from jax.interpreters import ad, batching, mlir, partial_eval
 
 from . import sharding, transport
-from .batching import Vmap, vmap
-from .call import Base, TorchCall, take
-from .derivative import Jvp, Vjp, linearize
-from .handles import HANDLE
-from .per_example import PerExampleVjp, over_batch
-from .residuals import drop_with
-from .save import Save
+from .calls.batching import Vmap, vmap
+from .calls.call import Base, TorchCall, take
+from .calls.derivative import Jvp, Vjp, linearize
+from .calls.handles import HANDLE
+from .calls.per_example import PerExampleVjp, over_batch
+from .calls.residuals import drop_with
+from .calls.save import Save
 
 torch_call_p = Primitive("torch_call")
 torch_call_p.multiple_results = True

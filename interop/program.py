@@ -18,14 +18,14 @@ import jax.numpy as jnp
 import torch
 
 from . import threads
-from .call import Aval, Tensors, TorchCall, execute
-from .cycles import free_circular_graphs
+from .calls.call import Aval, Tensors, TorchCall, execute
+from .calls.cycles import free_circular_graphs
+from .calls.handles import is_signed, number_in, sign
+from .calls.residuals import discard, hand_over
 from .errors import TorchCallError, runtime_message
 from .handle_flow import HandleFlow
-from .handles import is_signed, number_in, sign
 from .modes import ambient
 from .replay.repeated import ops_alone
-from .residuals import discard, hand_over
 from .values.memory import storage_of
 
 _numbers = itertools.count(secrets.randbits(62))

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import jax
 import torch
 
-from .call import Aval, Base, Tensors
+from .calls.call import Aval, Base, Tensors
 from .errors import TorchCallError
 from .modes import ambient, guard
 from .modes.guard import Guard

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .call import Checkpoints
+from .calls.call import Checkpoints
 from .errors import TorchCallError, quote, signature_text
 from .examples import Example
 from .modes import kernels

@@ -8,7 +8,7 @@ import torch
 from jax.core import Tracer
 from jaxtyping import Array
 
-from ..interop.call import Residuals, VmapMethod
+from ..interop.calls.call import Residuals, VmapMethod
 from ..interop.errors import StateError
 from .fingerprint import Same
 from .functional_module import FunctionalModule

@@ -15,7 +15,7 @@ from flax.core import FrozenDict, Scope, freeze, meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.core import Tracer
 
-from ..interop.call import Residuals, VmapMethod
+from ..interop.calls.call import Residuals, VmapMethod
 from ..interop.errors import StateError
 from ..interop.modes.random import LateKey
 from .flax_common import Collection, nest, stop_gradient

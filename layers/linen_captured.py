@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import torch
 
-from ..interop.call import Residuals, VmapMethod
+from ..interop.calls.call import Residuals, VmapMethod
 from .flax_common import Collection, collections
 from .functional_module import FunctionalModule
 from .taken_apart import taken_apart

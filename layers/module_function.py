@@ -9,11 +9,11 @@ import jax
 import torch
 
 from ..interop.arguments import Arguments, Filler
-from ..interop.call import Aval
+from ..interop.calls.call import Aval
+from ..interop.calls.scope import current as current_scope
 from ..interop.errors import CapturedWriteError, ForeignTensorError, RandomnessError, StateError, TorchCallError
 from ..interop.function import TorchFunction
 from ..interop.modes.guard import changed, is_plain_run
-from ..interop.scope import current as current_scope
 from ..interop.trace import Trace
 from ..interop.traceable import Flat
 from ..interop.values import dtypes

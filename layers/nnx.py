@@ -9,7 +9,7 @@ import torch
 from flax import nnx
 from jaxtyping import Array
 
-from ..interop.call import Residuals, VmapMethod
+from ..interop.calls.call import Residuals, VmapMethod
 from ..interop.errors import TorchCallError
 from ..interop.modes.random import LateKey
 from .flax_common import collections, stop_gradient

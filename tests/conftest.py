@@ -61,7 +61,7 @@ def _seed():
 @pytest.fixture
 def no_proofs(monkeypatch):
     """Without the proof of a plan, which runs a call three times more after its first run: see test_plans.py."""
-    monkeypatch.setattr("torchleaf.interop.choice.disagreement", lambda call, plan, tensors: None)
+    monkeypatch.setattr("torchleaf.interop.calls.choice.disagreement", lambda call, plan, tensors: None)
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def _programs_of_one_file():
     Graphs that wait in vain, as some do by design, are not those of the next file.
     """
     yield
-    from torchleaf.interop import residuals
+    from torchleaf.interop.calls import residuals
 
     for number in [*residuals._graphs]:
         residuals.drop(number)

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator
 from warnings import WarningMessage
 
-from ...interop.call import TorchCall
-from ...interop.save import Save
+from ...interop.calls.call import TorchCall
+from ...interop.calls.save import Save
 from .jax_side import Ours
 
 _OURS = ("vmap of ", "torchleaf")

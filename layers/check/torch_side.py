@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.autograd import forward_ad
 
-from ...interop.reverse import refuse_dead_ends
+from ...interop.calls.reverse import refuse_dead_ends
 from ...interop.values.dtypes import is_inexact_tensor
 from ...interop.values.trees import leaf_names
 from .numbers import to_numpy, weights_of

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import torchleaf
-from torchleaf.interop import residuals
+from torchleaf.interop.calls import residuals
 from torchleaf.interop.replay.replays import cuda_graphs
 
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -12,8 +12,8 @@ import torch
 from on_gpu import full_precision, numbers, on_gpu, synchronising_is_an_error
 from torch import nn
 from torchleaf import TorchModule, to_torch, torch_function, trainable
-from torchleaf.interop import residuals
-from torchleaf.interop.residuals import live_graphs
+from torchleaf.interop.calls import residuals
+from torchleaf.interop.calls.residuals import live_graphs
 
 pytestmark = pytest.mark.gpu
 

@@ -254,7 +254,7 @@ with ThreadPoolExecutor(1) as forward, ThreadPoolExecutor(1) as backward:
         pulled = [(run.result()[0], backward.submit(run.result()[1], jnp.ones(()))) for run in runs]
         for (value, grads), x in zip(pulled, inputs, strict=True):
             check((value, grads.result()[0]), x)
-assert torchleaf.interop.residuals.live_graphs() == 0
+assert torchleaf.interop.calls.residuals.live_graphs() == 0
 """
     run(script)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torchleaf
 from torchleaf.interop import program
-from torchleaf.interop.residuals import live_graphs
+from torchleaf.interop.calls.residuals import live_graphs
 
 
 class Held:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torchleaf
-from torchleaf.interop import handles, residuals
-from torchleaf.interop.residuals import live_graphs
+from torchleaf.interop.calls import handles, residuals
+from torchleaf.interop.calls.residuals import live_graphs
 
 
 @pytest.fixture(autouse=True)

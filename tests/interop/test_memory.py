@@ -53,7 +53,7 @@ _LEFT_BEHIND = 8 * MIB
 """What the process may grow by; JAX's own eager stop_gradient leaves 4 MiB of 2,000 steps."""
 
 _GROWTH = f"""
-from torchleaf.interop.residuals import live_graphs
+from torchleaf.interop.calls.residuals import live_graphs
 
 model = torchleaf.TorchModule(nn.Sequential(nn.Linear(2, 2), nn.Tanh()))  # tanh saves its output, the layer its input
 x = jnp.ones(({_ACTIVATION} // 8, 2))

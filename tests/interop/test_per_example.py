@@ -7,8 +7,8 @@ import torch
 import torchleaf
 import twins
 from compare import assert_trees_close, eager_and_jit
-from torchleaf.interop import per_example
-from torchleaf.interop.residuals import live_graphs
+from torchleaf.interop.calls import per_example
+from torchleaf.interop.calls.residuals import live_graphs
 from watching import Recorder
 
 B, IN, OUT = 5, 3, 7

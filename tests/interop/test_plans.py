@@ -8,7 +8,7 @@ import torch
 import torchleaf
 import twins
 from compare import RUNS, assert_trees_close, eager_and_jit
-from torchleaf.interop.residuals import live_graphs
+from torchleaf.interop.calls.residuals import live_graphs
 
 loops = pytest.mark.filterwarnings("ignore:vmap of .* runs as a loop")
 SHAPE = (4,)

@@ -16,11 +16,11 @@ from samples import as_torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchleaf.interop import call, residuals
+from torchleaf.interop.calls import call, residuals
+from torchleaf.interop.calls.residuals import live_graphs
 from torchleaf.interop.replay.replays import recording
 from torchleaf.interop.replay.replays.recording import Recorder as Recording
 from torchleaf.interop.replay.replays.replays import OUT_VARIANTS, codes_of
-from torchleaf.interop.residuals import live_graphs
 from watching import OpLog, Recorder
 
 RUNS = 6

@@ -74,7 +74,7 @@ def test_faults_of_torchleaf(monkeypatch, where, name, wrong):
     module, _, cls = where.partition(".")
     owner = sys.modules[f"torchleaf.interop.{module}"]
     perturb(monkeypatch, getattr(owner, cls) if cls else owner, name, off)
-    monkeypatch.setattr("torchleaf.interop.choice.disagreement", lambda call, plan, tensors: None)
+    monkeypatch.setattr("torchleaf.interop.calls.choice.disagreement", lambda call, plan, tensors: None)
     found = outcome(wrong, nn.Linear(3, 2), X)
     assert found.status == "wrong", found
     assert "off by 1.0e-03" in found.text
@@ -82,7 +82,7 @@ def test_faults_of_torchleaf(monkeypatch, where, name, wrong):
 
 def test_a_fault_of_replays_alone(monkeypatch):
     """The first two runs are right."""
-    replay = torchleaf.interop.call.TorchCall.replay
+    replay = torchleaf.interop.calls.call.TorchCall.replay
 
     def faulty(self, operands, results):
         done = replay(self, operands, results)
@@ -90,7 +90,7 @@ def test_a_fault_of_replays_alone(monkeypatch):
             results[0].mul_(1.001)
         return done
 
-    monkeypatch.setattr(torchleaf.interop.call.TorchCall, "replay", faulty)
+    monkeypatch.setattr(torchleaf.interop.calls.call.TorchCall, "replay", faulty)
     found = outcome("forward", nn.Linear(3, 2), X)
     assert found.status == "wrong"
     assert "compiled, run 3" in found.text

@@ -13,7 +13,7 @@ from reentering_layers import REENTERING, Checkpointed, Recomputing
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchleaf import RandomnessError, TorchCallError, TorchModule
-from torchleaf.interop.residuals import live_graphs
+from torchleaf.interop.calls.residuals import live_graphs
 from untouched import unchanged
 
 X = torch.linspace(-1.5, 2, 12).reshape(4, 3)

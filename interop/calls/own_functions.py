@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from ..modes.guard import is_plain_run
+from ..process.switches import Switch
+from ..values.dtypes import is_inexact_tensor
 from .differences import OtherDerivativeError, check_slope, drawn_like, inner
-from .modes.guard import is_plain_run
-from .process.switches import Switch
-from .values.dtypes import is_inexact_tensor
 
 _MOST, _MOST_ELEMENTS = 50, 2**20
 Tensors = tuple[torch.Tensor, ...]

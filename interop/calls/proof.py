@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch._functorch import pyfunctorch
 
+from ..errors import TorchCallError, quote
+from ..modes.host_random import host_generators_kept
+from ..replay.repeated import LARGE
+from ..values import dtypes
+from ..values.dtypes import is_inexact_tensor, precision_of
 from . import reverse
-from .errors import TorchCallError, quote
-from .modes.host_random import host_generators_kept
 from .own_functions import applications, with_wrong_gradients
 from .plan import Plan
-from .replay.repeated import LARGE
-from .values import dtypes
-from .values.dtypes import is_inexact_tensor, precision_of
 
 if TYPE_CHECKING:
     from .call import Tensors, TorchCall

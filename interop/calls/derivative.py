@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
+from ..errors import TorchCallError
+from ..modes.dispatch import Mode
+from ..modes.forward_ad import one_at_a_time
+from ..process.once import Once
 from . import residuals, reverse
 from .call import Level, Linearized, Tensors, TorchCall, take
 from .differences import central_difference
-from .errors import TorchCallError
 from .graph import Graph
 from .handles import HANDLE
 from .hidden_writes import hidden_writes
-from .modes.dispatch import Mode
-from .modes.forward_ad import one_at_a_time
 from .plan import Plan
-from .process.once import Once
 
 
 def linearize(call: TorchCall, active: tuple[int, ...]) -> Linearized:

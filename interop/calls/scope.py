@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .values.memory import storage_of
+from ..values.memory import storage_of
 
 
 class Loan(ABC):

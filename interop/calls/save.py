@@ -8,12 +8,12 @@ Under vmap one graph holds the whole batch: operands that all examples share ent
 
 import torch
 
+from ..replay.repeated import Repeated
 from .batching import vmap
 from .call import Level, Tensors, TorchCall
 from .derivative import Vjp
 from .graph import Batch, Graph, Tape
 from .handles import HANDLE, handle_of, number_of
-from .replay.repeated import Repeated
 from .residuals import Shelf, drop, hand_over
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from ..values.memory import has_storage, storage_of
 from .reverse import nodes
-from .values.memory import has_storage, storage_of
 
 
 def free_circular_graphs(storages: Collection[int]) -> None:

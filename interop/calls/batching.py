@@ -13,12 +13,12 @@ from functools import cached_property
 
 import torch
 
+from ..errors import StateError, TorchCallError
+from ..modes.trial import trial_run
+from ..values import dtypes
 from . import scope
 from .call import Aval, Level, Linearized, Tensors, TorchCall, VmapMethod, take
-from .errors import StateError, TorchCallError
-from .modes.trial import trial_run
 from .plan import Plan
-from .values import dtypes
 
 Dims = tuple[int | None, ...]
 

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 import torch
 
+from ..replay.repeated import SMALL
 from . import residuals
 from .batching import vmap
 from .call import Tensors, TorchCall, take
 from .derivative import Vjp
 from .graph import Graph
 from .handles import HANDLE
-from .replay.repeated import SMALL
 from .save import Save
 
 

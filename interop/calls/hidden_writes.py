@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..errors import ForeignTensorError, RandomnessError, TorchCallError
+from ..modes.aten import bound, tensors_in, written
+from ..modes.dispatch import Mode
+from ..modes.random import draws
+from ..modes.trial import trial_run
+from ..values.dtypes import is_inexact
+from ..values.memory import has_storage, storage_of
 from . import reverse, scope
 from .call import Base, Tensors, take
-from .errors import ForeignTensorError, RandomnessError, TorchCallError
-from .modes.aten import bound, tensors_in, written
-from .modes.dispatch import Mode
-from .modes.random import draws
-from .modes.trial import trial_run
-from .values.dtypes import is_inexact
-from .values.memory import has_storage, storage_of
 
 
 def hidden_writes(call: Base) -> bool:

@@ -20,15 +20,15 @@ from typing import Any, Literal, TypeVar
 import jax
 import torch
 
+from ..errors import quote, signature_text
+from ..modes import ambient
+from ..modes.forward_ad import in_forward_mode, stopped_by_no_grad
+from ..modes.kernels import FUSED, NONE, UNRECORDED, chosen, lacking_derivatives, refuse_scripted
+from ..replay.repeated import LARGE, Repeated
+from ..values.dtypes import is_inexact
 from . import scope
 from .choice import Choice
-from .errors import quote, signature_text
-from .modes import ambient
-from .modes.forward_ad import in_forward_mode, stopped_by_no_grad
-from .modes.kernels import FUSED, NONE, UNRECORDED, chosen, lacking_derivatives, refuse_scripted
 from .plan import Plan, Transform
-from .replay.repeated import LARGE, Repeated
-from .values.dtypes import is_inexact
 
 Aval = jax.ShapeDtypeStruct
 Tensors = tuple[torch.Tensor, ...]

@@ -5,8 +5,8 @@ import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .errors import TorchCallError, quote
-from .modes.trial import trial_run
+from ..errors import TorchCallError, quote
+from ..modes.trial import trial_run
 from .plan import CERTAIN, Plan, candidates, needs_audit
 from .proof import disagreement
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from .modes.kernels import SCRIPTED
+from ..modes.kernels import SCRIPTED
 from .reverse import Rows
 
 if TYPE_CHECKING:

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge, saved_tensors_hooks
 
+from ..modes.kernels import compiling
+from ..replay.repeated import Repeated
+from ..values.memory import storage_of
 from .call import Tensors, TorchCall
-from .modes.kernels import compiling
 from .plan import Plan
-from .replay.repeated import Repeated
 from .reverse import dense
 from .scope import Scope
-from .values.memory import storage_of
 
 Batch = tuple[tuple[int | None, ...], int]
 """The batch axes of a call's operands and the size of the batch."""
