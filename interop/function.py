@@ -12,19 +12,19 @@ import jax
 import torch
 from jax.core import Tracer
 
-from .arguments import Arguments, Filler
 from .calls.call import Aval, Residuals, TorchCall, VmapMethod
 from .errors import TorchCallError
-from .examples import Example, made_examples
-from .keyed import with_key
 from .modes.ambient import autocast_here
 from .modes.kernels import COMPILED, NONE, compiled_code
 from .modes.random import PASS_A_KEY, LateKey, key_operand
 from .primitive import bind
-from .signature import Signature
-from .specialize import Specialized
-from .trace import Trace, trace
-from .traceable import Flat, Traceable
+from .tracing.arguments import Arguments, Filler
+from .tracing.examples import Example, made_examples
+from .tracing.keys import with_key
+from .tracing.signature import Signature
+from .tracing.specialize import Specialized
+from .tracing.trace import Trace, trace
+from .tracing.traceable import Flat, Traceable
 from .values import dtypes
 from .values.arrays import array_to_torch
 from .values.device import device_here

@@ -17,7 +17,7 @@ import torch
 from ..interop.errors import StateError
 from ..interop.function import check_options
 from ..interop.modes.random import PASS_A_KEY
-from ..interop.signature import signature_of
+from ..interop.tracing.signature import signature_of
 from ..interop.values.arrays import leaves_to_jax
 from ..interop.values.memory import storage_of
 from .admission import check_module, computes_in_double

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import jax
 import torch
 
-from ..interop.arguments import Arguments, Filler
 from ..interop.calls.call import Aval
 from ..interop.calls.scope import current as current_scope
 from ..interop.errors import CapturedWriteError, ForeignTensorError, RandomnessError, StateError, TorchCallError
 from ..interop.function import TorchFunction
 from ..interop.modes.guard import changed, is_plain_run
-from ..interop.trace import Trace
-from ..interop.traceable import Flat
+from ..interop.tracing.arguments import Arguments, Filler
+from ..interop.tracing.trace import Trace
+from ..interop.tracing.traceable import Flat
 from ..interop.values import dtypes
 from .attributes import Change, put_back, stray_tensors
 from .channels import to_flax_layout, to_torch_layout

@@ -15,7 +15,7 @@ def _on_cpu(monkeypatch):
     library = torch.library.Library("torchleaf", "IMPL")
     library.impl("random_bits", philox, "CPU")
     monkeypatch.setattr("torchleaf.interop.modes.random.can_draw", lambda device: True)
-    monkeypatch.setattr("torchleaf.interop.trace.can_draw", lambda device: True)
+    monkeypatch.setattr("torchleaf.interop.tracing.trace.can_draw", lambda device: True)
     monkeypatch.setattr("torchleaf.interop.modes.random._draw", _of_host)
     yield
     library._destroy()

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from .modes.host_random import host_generators_kept, host_generators_seeded
-from .modes.kernels import plain_kernels
-from .modes.random import WithKey
+from ..modes.host_random import host_generators_kept, host_generators_seeded
+from ..modes.kernels import plain_kernels
+from ..modes.random import WithKey
 from .traceable import Flat
 
 

@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 
-from .calls.call import Checkpoints
-from .errors import TorchCallError, quote, signature_text
+from ..calls.call import Checkpoints
+from ..errors import TorchCallError, quote, signature_text
+from ..modes import kernels
+from ..modes.device_random import can_draw
+from ..modes.host_random import drawn_from, host_generators_seeded, refuse_host_draws
+from ..modes.known import Failure, KnownConstants
+from ..modes.trial import fake_mode
+from ..replay.repeated import SMALL
 from .examples import Example
-from .modes import kernels
-from .modes.device_random import can_draw
-from .modes.host_random import drawn_from, host_generators_seeded, refuse_host_draws
-from .modes.known import Failure, KnownConstants
-from .modes.trial import fake_mode
 from .observe import Observation, observe
 from .outputs import compare, declared
-from .replay.repeated import SMALL
 from .traceable import Traceable
 
 Output = tuple[Any, tuple[Any, ...]]

@@ -4,8 +4,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from .modes.random import is_key
-from .values.trees import leaf_names
+from ..modes.random import is_key
+from ..values.trees import leaf_names
 
 
 class Signature:

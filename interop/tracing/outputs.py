@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import torch
 
-from .calls.call import Aval
-from .errors import TorchCallError
-from .values import dtypes
-from .values.trees import flatten_registering, leaf_names
+from ..calls.call import Aval
+from ..errors import TorchCallError
+from ..values import dtypes
+from ..values.trees import flatten_registering, leaf_names
 
 _STATIC = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 

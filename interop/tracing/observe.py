@@ -10,21 +10,21 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
-from .calls.call import Aval, Checkpoints
-from .calls.cycles import free_circular_graphs
-from .errors import CapturedWriteError, ForeignTensorError, StateError, TorchCallError, signature_text
-from .modes import kernels
-from .modes.aten import bound, in_checkpoint, in_reentrant_checkpoint, reads_values, tensors_in, written
-from .modes.dispatch import Mode
-from .modes.flops import operations
-from .modes.guard import Exposure
-from .modes.known import KnownConstants
-from .modes.own_gradients import Asked, wants_gradients
-from .modes.random import draws, refuse
+from ..calls.call import Aval, Checkpoints
+from ..calls.cycles import free_circular_graphs
+from ..errors import CapturedWriteError, ForeignTensorError, StateError, TorchCallError, signature_text
+from ..modes import kernels
+from ..modes.aten import bound, in_checkpoint, in_reentrant_checkpoint, reads_values, tensors_in, written
+from ..modes.dispatch import Mode
+from ..modes.flops import operations
+from ..modes.guard import Exposure
+from ..modes.known import KnownConstants
+from ..modes.own_gradients import Asked, wants_gradients
+from ..modes.random import draws, refuse
+from ..values.dtypes import is_inexact_tensor, precision_of
+from ..values.memory import fills_storage, has_storage, memory_key, storage_of
 from .outputs import describe
 from .traceable import Flat, Traceable
-from .values.dtypes import is_inexact_tensor, precision_of
-from .values.memory import fills_storage, has_storage, memory_key, storage_of
 
 
 @dataclass(frozen=True)

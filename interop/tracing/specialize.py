@@ -7,18 +7,18 @@ from typing import Any, NoReturn
 import jax
 import torch
 
-from .calls.call import Aval, Base, Tensors
-from .errors import TorchCallError
-from .modes import ambient, guard
-from .modes.guard import Guard
-from .modes.kernels import HIGHER_ORDER, UNRECORDED, quiet_compiler
+from ..calls.call import Aval, Base, Tensors
+from ..errors import TorchCallError
+from ..modes import ambient, guard
+from ..modes.guard import Guard
+from ..modes.kernels import HIGHER_ORDER, UNRECORDED, quiet_compiler
+from ..values import dtypes
+from ..values.memory import storage_of
+from ..values.narrow import narrowed
+from ..values.statics import static_key
+from ..values.trees import flatten_registering, leaf_names
 from .trace import Trace
 from .traceable import Flat
-from .values import dtypes
-from .values.memory import storage_of
-from .values.narrow import narrowed
-from .values.statics import static_key
-from .values.trees import flatten_registering, leaf_names
 
 
 class Specialized:

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from .calls.call import Aval
+from ..calls.call import Aval
+from ..values import dtypes
+from ..values.arrays import check_range
+from ..values.statics import static_key
+from ..values.trees import flatten_registering
 from .signature import Signature
-from .values import dtypes
-from .values.arrays import check_range
-from .values.statics import static_key
-from .values.trees import flatten_registering
 
 Filler = Callable[[Sequence[torch.Tensor]], tuple[tuple[Any, ...], dict[str, Any]]]
 
