@@ -13,7 +13,7 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive, Var
 from jax.interpreters import ad, batching, mlir, partial_eval
 
-from . import sharding, transport
+from . import sharding
 from .calls.batching import Vmap, vmap
 from .calls.call import Base, TorchCall, take
 from .calls.derivative import Jvp, Vjp, linearize
@@ -21,6 +21,7 @@ from .calls.handles import HANDLE
 from .calls.per_example import PerExampleVjp, over_batch
 from .calls.residuals import drop_with
 from .calls.save import Save
+from .transport import lowering
 
 torch_call_p = Primitive("torch_call")
 torch_call_p.multiple_results = True
@@ -89,8 +90,8 @@ def _of_reference(rule: Callable[..., Any]) -> Callable[..., Any]:
 
 torch_call_p.def_abstract_eval(_abstract_eval)
 eager_call_p.def_abstract_eval(_of_reference(_abstract_eval))
-mlir.register_lowering(torch_call_p, functools.partial(transport.lower, repeats=True))
-mlir.register_lowering(eager_call_p, _of_reference(functools.partial(transport.lower, repeats=False)))
+mlir.register_lowering(torch_call_p, functools.partial(lowering.lower, repeats=True))
+mlir.register_lowering(eager_call_p, _of_reference(functools.partial(lowering.lower, repeats=False)))
 
 
 # --- differentiation -----------------------------------------------------------------------------

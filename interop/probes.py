@@ -11,7 +11,7 @@ import torch
 
 from .findings import Check, Finding, quoted
 from .function import torch_function
-from .transport import _registered_platforms
+from .transport.lowering import _registered_platforms
 from .values.arrays import to_jax, to_torch
 
 _TOLERANCE = 1e-2  # relative; TF32, where it is switched on, has three digits

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 import torch
 import torchleaf
-from torchleaf.interop import program
 from torchleaf.interop.calls.residuals import live_graphs
+from torchleaf.interop.transport.lowering import program
 
 
 class Held:

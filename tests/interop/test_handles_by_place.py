@@ -20,7 +20,7 @@ from torchleaf.interop.calls.residuals import live_graphs
 @pytest.fixture(autouse=True)
 def _by_place(monkeypatch):
     monkeypatch.setattr(handles, "BY_PLACE", {"cpu", "cuda"})
-    monkeypatch.setattr("torchleaf.interop.transport.BY_PLACE", {"cpu", "cuda"})
+    monkeypatch.setattr("torchleaf.interop.transport.lowering.BY_PLACE", {"cpu", "cuda"})
     gc.collect()
     before = live_graphs()
     yield
@@ -193,7 +193,7 @@ def test_eager_handles_find_their_graph_as_long_as_they_live(operands, counts):
 def test_a_handle_that_was_copied_is_seen_in_the_first_runs(operands, monkeypatch):
     """Should XLA copy a handle although the program does not say so."""
     layer = Layer()
-    monkeypatch.setattr("torchleaf.interop.program.is_signed", lambda handle: False)
+    monkeypatch.setattr("torchleaf.interop.transport.program.is_signed", lambda handle: False)
     gradient = jax.jit(jax.grad(lambda w, x: once(layer.torch, w, x)))
     expected = jax.grad(lambda w, x: once(layer.jax, w, x))
     for run in range(4):

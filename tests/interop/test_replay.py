@@ -18,7 +18,6 @@ from compare import assert_same_bits, assert_trees_close, from_torch
 from samples import as_torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
-from torchleaf.interop import transport
 from torchleaf.interop.calls.residuals import live_graphs
 from torchleaf.interop.replay.replays.recording import Recorder as Recording
 from watching import Recorder
@@ -646,7 +645,7 @@ def test_recordings_are_freed_once_they_are_code(residuals):
 
 @pytest.mark.parametrize("name", ["mlp", "attention"])
 def test_gradients_through_a_callback_have_the_bits_of_torch(name, monkeypatch):
-    monkeypatch.setattr(transport, "_registered_platforms", frozenset)
+    monkeypatch.setattr(lowering, "_registered_platforms", frozenset)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torchleaf has no XLA FFI target")
         test_gradients_have_the_bits_of_torch_in_every_run(name, "live")

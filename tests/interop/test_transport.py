@@ -15,8 +15,8 @@ from fresh_process import run_python
 from samples import ALL, NARROW, dtype_id, raw_bytes, sample
 from torch._subclasses.fake_tensor import FakeTensor
 from torchleaf import to_jax, torch_function
-from torchleaf.interop import transport
-from torchleaf.interop.program import program_of
+from torchleaf.interop.transport.lowering import lowering
+from torchleaf.interop.transport.lowering.program import program_of
 
 X = jnp.arange(6.0).reshape(2, 3) / 3 - 0.5
 
@@ -24,8 +24,8 @@ X = jnp.arange(6.0).reshape(2, 3) / 3 - 0.5
 @pytest.fixture
 def callback(monkeypatch):
     """No FFI target for any platform, as on systems without jax-tvm-ffi."""
-    monkeypatch.setattr(transport, "_registered_platforms", frozenset)
-    transport._warn_about_callback.cache_clear()
+    monkeypatch.setattr(lowering, "_registered_platforms", frozenset)
+    lowering._warn_about_callback.cache_clear()
 
 
 @pytest.fixture(params=["ffi", "callback"])

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from jax.interpreters import mlir
 
+from ..calls.call import Aval, TorchCall
+from ..calls.handles import BY_PLACE
+from ..process.once import Once
+from ..values import dtypes
 from . import threads
-from .calls.call import Aval, TorchCall
-from .calls.handles import BY_PLACE
 from .handle_flow import flow_of
-from .process.once import Once
 from .program import Program, is_complex, part_avals, program_of, run_program, uses_captured_tensors, wait_until_idle
-from .values import dtypes
 
 _TARGET = "torchleaf_call"
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from .process.once import Once
+from ..process.once import Once
 
 LONG = 2e6
 """Floating-point operations from which on a call is handed over; those of a hand-over's time on one core."""

@@ -17,16 +17,16 @@ from typing import Any
 import jax.numpy as jnp
 import torch
 
+from ..calls.call import Aval, Tensors, TorchCall, execute
+from ..calls.cycles import free_circular_graphs
+from ..calls.handles import is_signed, number_in, sign
+from ..calls.residuals import discard, hand_over
+from ..errors import TorchCallError, runtime_message
+from ..modes import ambient
+from ..replay.repeated import ops_alone
+from ..values.memory import storage_of
 from . import threads
-from .calls.call import Aval, Tensors, TorchCall, execute
-from .calls.cycles import free_circular_graphs
-from .calls.handles import is_signed, number_in, sign
-from .calls.residuals import discard, hand_over
-from .errors import TorchCallError, runtime_message
 from .handle_flow import HandleFlow
-from .modes import ambient
-from .replay.repeated import ops_alone
-from .values.memory import storage_of
 
 _numbers = itertools.count(secrets.randbits(62))
 _running: list[int] = []
