@@ -13,13 +13,13 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from torchleaf.interop import probes
-from torchleaf.interop.cuda_libraries import CudaLibraries, _loaded
-from torchleaf.interop.doctor import doctor, examine
-from torchleaf.interop.environment import Backend, Cache, GpuMemory, Gpus, Settings, Threads
-from torchleaf.interop.findings import Finding, Report
-from torchleaf.interop.probes import Call, Transport, Views
-from torchleaf.interop.versions import Versions, within
+from torchleaf.interop.doctor import probes
+from torchleaf.interop.doctor.cuda_libraries import CudaLibraries, _loaded
+from torchleaf.interop.doctor.doctor import doctor, examine
+from torchleaf.interop.doctor.environment import Backend, Cache, GpuMemory, Gpus, Settings, Threads
+from torchleaf.interop.doctor.probes import Call, Transport, Views
+from torchleaf.interop.doctor.report import Finding, Report
+from torchleaf.interop.doctor.versions import Versions, within
 
 GIB = 2**30
 

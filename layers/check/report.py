@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ...interop.findings import lines_of
+from ...interop.doctor.report import lines_of
 
 Status = Literal["ok", "slow", "refused", "wrong", "error", "n/a"]
 

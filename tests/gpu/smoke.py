@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torchleaf
 from torchleaf.interop.calls import residuals
-from torchleaf.interop.replay.replays import cuda_graphs
+from torchleaf.interop.replay import cuda_graphs
 
 jax.config.update("jax_default_matmul_precision", "highest")
 counts = {"launched": 0, "used": 0}

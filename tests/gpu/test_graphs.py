@@ -7,7 +7,7 @@ import pytest
 import torch
 from on_gpu import full_precision, numbers, on_gpu
 from torchleaf import torch_function
-from torchleaf.interop.replay.replays import cuda_graphs
+from torchleaf.interop.replay import cuda_graphs
 
 pytestmark = pytest.mark.gpu
 

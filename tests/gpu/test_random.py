@@ -17,7 +17,7 @@ N = 40_000
 
 @pytest.mark.parametrize("words", [2, 4])
 def test_bits_are_those_of_the_reference(words):
-    from torchleaf.interop.modes.dispatch import philox as kernel
+    from torchleaf.interop.modes import philox as kernel
 
     keys = torch.from_numpy(np.random.default_rng(0).integers(0, 2**32, (3, words), dtype=np.uint32))
     for n, index in ((1, 0), (4, 1), (4099, 7)):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torchleaf
 from torchleaf.interop.calls.residuals import live_graphs
-from torchleaf.interop.transport.lowering import program
+from torchleaf.interop.transport import program
 
 
 class Held:

@@ -18,9 +18,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchleaf.interop.calls import call, residuals
 from torchleaf.interop.calls.residuals import live_graphs
-from torchleaf.interop.replay.replays import recording
-from torchleaf.interop.replay.replays.recording import Recorder as Recording
-from torchleaf.interop.replay.replays.replays import OUT_VARIANTS, codes_of
+from torchleaf.interop.replay import recording
+from torchleaf.interop.replay.recording import Recorder as Recording
+from torchleaf.interop.replay.replays import OUT_VARIANTS, codes_of
 from watching import OpLog, Recorder
 
 RUNS = 6

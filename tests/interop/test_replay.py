@@ -19,7 +19,8 @@ from samples import as_torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from torchleaf.interop.calls.residuals import live_graphs
-from torchleaf.interop.replay.replays.recording import Recorder as Recording
+from torchleaf.interop.replay.recording import Recorder as Recording
+from torchleaf.interop.transport import lowering
 from watching import Recorder
 
 RUNS = 6

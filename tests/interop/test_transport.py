@@ -15,8 +15,8 @@ from fresh_process import run_python
 from samples import ALL, NARROW, dtype_id, raw_bytes, sample
 from torch._subclasses.fake_tensor import FakeTensor
 from torchleaf import to_jax, torch_function
-from torchleaf.interop.transport.lowering import lowering
-from torchleaf.interop.transport.lowering.program import program_of
+from torchleaf.interop.transport import lowering
+from torchleaf.interop.transport.program import program_of
 
 X = jnp.arange(6.0).reshape(2, 3) / 3 - 0.5
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 from .cuda_libraries import CudaLibraries
 from .environment import Backend, Cache, GpuMemory, Gpus, Settings, Threads
-from .findings import Check, Finding, Report, quoted
 from .probes import Call, Transport, Views
+from .report import Check, Finding, Report, quoted
 from .versions import Versions
 
 _CHECKS: dict[str, type[Check]] = {

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from .findings import Check, Finding, quoted
-from .function import torch_function
-from .transport.lowering import _registered_platforms
-from .values.arrays import to_jax, to_torch
+from ..function import torch_function
+from ..transport.lowering import _registered_platforms
+from ..values.arrays import to_jax, to_torch
+from .report import Check, Finding, quoted
 
 _TOLERANCE = 1e-2  # relative; TF32, where it is switched on, has three digits
 

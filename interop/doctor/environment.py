@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import torch
 
-from .findings import Check, Finding, quoted
+from .report import Check, Finding, quoted
 
 _GIB = 2**30
 _SCARCE = 0.1  # of a GPU's memory

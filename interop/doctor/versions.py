@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from .findings import Check, Finding
+from .report import Check, Finding
 
 _PACKAGES = ("torchleaf", "jax", "jaxlib", "torch", "equinox", "jaxtyping", "numpy", "jax-tvm-ffi", "flax")
 _OPTIONAL = {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .findings import Check, Finding
+from .report import Check, Finding
 
 _LIBRARIES = {"cuDNN": "libcudnn.so", "NCCL": "libnccl.so", "cuBLAS": "libcublas.so", "CUDA runtime": "libcudart.so"}
 
