@@ -16,9 +16,9 @@ from .layers.check import check as check
 from .layers.equinox import TorchModule as TorchModule
 from .layers.equinox_tools import stack as stack
 from .layers.equinox_tools import trainable as trainable
-from .layers.weights import load_state_dict as load_state_dict
-from .layers.weights import state_dict as state_dict
-from .layers.weights import to_torch_module as to_torch_module
+from .layers.module.weights import load_state_dict as load_state_dict
+from .layers.module.weights import state_dict as state_dict
+from .layers.module.weights import to_torch_module as to_torch_module
 
 if typing.TYPE_CHECKING:
     from .layers import linen as linen

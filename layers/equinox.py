@@ -10,9 +10,9 @@ from jaxtyping import Array
 
 from ..interop.calls.call import Residuals, VmapMethod
 from ..interop.errors import StateError
-from .fingerprint import Same
-from .functional_module import FunctionalModule
-from .weights import Held, held
+from .module.fingerprint import Same
+from .module.functional_module import FunctionalModule
+from .module.weights import Held, held
 
 _REMEDY = (
     "Make the model with `model, state = eqx.nn.make_with_state(...)(...)` and call it with `state=state`, which gives "

@@ -18,11 +18,11 @@ from jax.core import Tracer
 from ..interop.calls.call import Residuals, VmapMethod
 from ..interop.errors import StateError
 from ..interop.modes.random import LateKey
-from .flax_common import Collection, nest, stop_gradient
-from .functional_module import FunctionalModule
+from .flax_collections import Collection, nest, stop_gradient
 from .linen_captured import Captured, Tree
-from .reinitialize import reinitialize
-from .weights import Held, held
+from .module.functional_module import FunctionalModule
+from .module.reinitialize import reinitialize
+from .module.weights import Held, held
 
 
 class TorchModule(nn.Module):

@@ -7,9 +7,9 @@ import jax
 import torch
 
 from ..interop.calls.call import Residuals, VmapMethod
-from .flax_common import Collection, collections
-from .functional_module import FunctionalModule
-from .taken_apart import taken_apart
+from .flax_collections import Collection, collections
+from .module.functional_module import FunctionalModule
+from .module.taken_apart import taken_apart
 
 
 @dataclass(frozen=True)

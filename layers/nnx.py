@@ -12,11 +12,11 @@ from jaxtyping import Array
 from ..interop.calls.call import Residuals, VmapMethod
 from ..interop.errors import TorchCallError
 from ..interop.modes.random import LateKey
-from .flax_common import collections, stop_gradient
-from .functional_module import FunctionalModule
-from .skeleton import named_tensors
-from .taken_apart import taken_apart
-from .weights import Held, held
+from .flax_collections import collections, stop_gradient
+from .module.functional_module import FunctionalModule
+from .module.skeleton import named_tensors
+from .module.taken_apart import taken_apart
+from .module.weights import Held, held
 
 _KEY_REMEDY = (
     "Make TorchModule with `rngs=nnx.Rngs(...)` that has a `dropout` or a default stream, or pass `rngs=` to the call"

@@ -15,9 +15,9 @@ from ...interop.values import dtypes
 from ...interop.values.arrays import array_to_torch
 from ...interop.values.dtypes import is_inexact_tensor
 from ...interop.values.trees import flatten_registering
-from ..channels import to_flax_layout, to_torch_layout
-from ..functional_module import FunctionalModule
-from ..skeleton import in_mode, named_tensors
+from ..module.channels_last import to_flax_layout, to_torch_layout
+from ..module.functional_module import FunctionalModule
+from ..module.skeleton import in_mode, named_tensors
 from .kinds import Called, Kind
 from .subject import Subject, like, map_tensors, widened
 from .wrapped import Wrapped

@@ -14,8 +14,8 @@ from jax.core import Tracer
 from ...interop.function import TorchFunction, torch_function
 from ..aliases import FRAMEWORKS
 from ..equinox import TorchModule
-from ..skeleton import is_training
-from ..weights import to_torch_module
+from ..module.skeleton import is_training
+from ..module.weights import to_torch_module
 from .wrapped import EquinoxWrapped, FunctionWrapped, Wrapped
 
 

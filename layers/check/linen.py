@@ -8,7 +8,7 @@ import torch
 
 from ...interop.function import TorchFunction
 from ..linen import TorchModule
-from ..weights import held, to_torch_module
+from ..module.weights import held, to_torch_module
 from .kinds import Kind, widened_options
 from .wrapped import Arrays, Wrapped
 

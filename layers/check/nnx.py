@@ -7,8 +7,8 @@ import torch
 from flax import nnx
 
 from ...interop.function import TorchFunction
+from ..module.weights import held, to_torch_module
 from ..nnx import TorchModule
-from ..weights import held, to_torch_module
 from .kinds import Kind, widened_options
 from .wrapped import Arrays, Wrapped
 

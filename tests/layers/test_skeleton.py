@@ -14,8 +14,8 @@ from compare import assert_trees_close
 from custom_layers import TiedAutoencoder
 from module_reference import eager_and_filter_jit
 from torch import nn
-from torchleaf.layers.copying import copy_replacing
-from torchleaf.layers.skeleton import SkeletonPool
+from torchleaf.layers.module.copying import copy_replacing
+from torchleaf.layers.module.skeleton import SkeletonPool
 
 THREADS, CALLS = 8, 25
 

@@ -7,7 +7,7 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.core import Tracer
 
-from .functional_module import FunctionalModule, Kind
+from .module.functional_module import FunctionalModule, Kind
 
 Collection = Literal["params", "frozen", "batch_stats", "buffers"]
 """Flax's name for a group of variables: a collection in Linen, a type of `Variable` in NNX."""

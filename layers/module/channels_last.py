@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import torch
 
-from ..interop.values.trees import flatten_registering
+from ...interop.values.trees import flatten_registering
 
 
 def to_torch_layout(tree: Any) -> Any:

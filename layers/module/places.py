@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..interop.values.memory import has_storage, storage_of
+from ...interop.values.memory import has_storage, storage_of
 from .references import references
 
 

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import jax
 import torch
 
-from ..interop.calls.call import Aval
-from ..interop.calls.scope import current as current_scope
-from ..interop.errors import CapturedWriteError, ForeignTensorError, RandomnessError, StateError, TorchCallError
-from ..interop.function import TorchFunction
-from ..interop.modes.guard import changed, is_plain_run
-from ..interop.tracing.arguments import Arguments, Filler
-from ..interop.tracing.trace import Trace
-from ..interop.tracing.traceable import Flat
-from ..interop.values import dtypes
+from ...interop.calls.call import Aval
+from ...interop.calls.scope import current as current_scope
+from ...interop.errors import CapturedWriteError, ForeignTensorError, RandomnessError, StateError, TorchCallError
+from ...interop.function import TorchFunction
+from ...interop.modes.guard import changed, is_plain_run
+from ...interop.tracing.arguments import Arguments, Filler
+from ...interop.tracing.trace import Trace
+from ...interop.tracing.traceable import Flat
+from ...interop.values import dtypes
 from .attributes import Change, put_back, stray_tensors
-from .channels import to_flax_layout, to_torch_layout
+from .channels_last import to_flax_layout, to_torch_layout
 from .gradient_hooks import hooks_of
 from .originals import refuse_foreign
 from .skeleton import Skeleton, SkeletonLoan, SkeletonPool

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ..interop.function import torch_function
-from ..interop.values import dtypes
+from ...interop.function import torch_function
+from ...interop.values import dtypes
 from .functional_module import FunctionalModule
 from .skeleton import named_tensors
 

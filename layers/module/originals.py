@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..interop.errors import ForeignTensorError, TorchCallError
-from ..interop.values.memory import has_storage, storage_of
+from ...interop.errors import ForeignTensorError, TorchCallError
+from ...interop.values.memory import has_storage, storage_of
 from .places import StandIn
 
 

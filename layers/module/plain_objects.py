@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..interop.modes.host_random import is_generator
+from ...interop.modes.host_random import is_generator
 
 CONTAINERS = (list, dict, set, deque)
 OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..interop.calls.scope import Loan
+from ...interop.calls.scope import Loan
 from .attributes import Attributes, Values, put_back
 from .copying import Copier
 from .gradient_hooks import hooked, hooks_of

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from ..interop.values import dtypes
+from ...interop.values import dtypes
 from .skeleton import named_tensors
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from ..interop.values.arrays import array_to_torch, leaves_to_jax
+from ...interop.values.arrays import array_to_torch, leaves_to_jax
 from .functional_module import FunctionalModule
 from .skeleton import named_tensors
 

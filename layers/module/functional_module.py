@@ -14,12 +14,12 @@ from typing import Any, Literal
 import jax
 import torch
 
-from ..interop.errors import StateError
-from ..interop.function import check_options
-from ..interop.modes.random import PASS_A_KEY
-from ..interop.tracing.signature import signature_of
-from ..interop.values.arrays import leaves_to_jax
-from ..interop.values.memory import storage_of
+from ...interop.errors import StateError
+from ...interop.function import check_options
+from ...interop.modes.random import PASS_A_KEY
+from ...interop.tracing.signature import signature_of
+from ...interop.values.arrays import leaves_to_jax
+from ...interop.values.memory import storage_of
 from .admission import check_module, computes_in_double
 from .copying import Copier
 from .fingerprint import fingerprint
