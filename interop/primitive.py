@@ -14,8 +14,9 @@ from jax.extend.core import Primitive, Var
 from jax.interpreters import ad, batching, mlir, partial_eval
 
 from . import sharding
+from .calls.base import Base
 from .calls.batching import Vmap, vmap
-from .calls.call import Base, TorchCall, take
+from .calls.call import TorchCall, take
 from .calls.derivative import Jvp, Vjp, linearize
 from .calls.handles import HANDLE
 from .calls.per_example import PerExampleVjp, over_batch

@@ -19,7 +19,8 @@ from ..modes.trial import trial_run
 from ..values.dtypes import is_inexact
 from ..values.memory import has_storage, storage_of
 from . import reverse, scope
-from .call import Base, Tensors, take
+from .base import Base
+from .call import Tensors, take
 
 
 def hidden_writes(call: Base) -> bool:

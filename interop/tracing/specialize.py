@@ -7,7 +7,8 @@ from typing import Any, NoReturn
 import jax
 import torch
 
-from ..calls.call import Aval, Base, Tensors
+from ..calls.base import Base
+from ..calls.call import Aval, Tensors
 from ..errors import TorchCallError
 from ..modes import ambient, guard
 from ..modes.guard import Guard

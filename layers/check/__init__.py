@@ -2,7 +2,7 @@
 
 `given.py` has what the user gave, `kinds.py` and `wrapped.py` what frameworks make of it; `torch_side.py` and
 `jax_side.py` compute the same with either; `checks.py` and `higher.py` compare; `outcomes.py`, `remarks.py` and
-`report.py` say how it went. It imports the rest of `layers`, which knows nothing of it.
+`report.py` say how it went. It may import the rest of `layers`, which knows nothing of it. Start at `checks.py`.
 """
 
 from typing import Any

@@ -63,7 +63,7 @@ def off(outs):
 @pytest.mark.parametrize(
     ("where", "name", "wrong"),
     [
-        ("call.Base", "compute", "forward"),
+        ("base.Base", "compute", "forward"),
         ("graph.Graph", "pullback", "gradients"),
         ("derivative", "_forward_mode", "forward mode"),
         ("batching.Vmap", "compute", "vmap"),
@@ -72,7 +72,7 @@ def off(outs):
 def test_faults_of_torchleaf(monkeypatch, where, name, wrong):
     """Wrong numbers at each place of the machinery, in every call so that no comparison of its own would show them."""
     module, _, cls = where.partition(".")
-    owner = sys.modules[f"torchleaf.interop.{module}"]
+    owner = sys.modules[f"torchleaf.interop.calls.{module}"]
     perturb(monkeypatch, getattr(owner, cls) if cls else owner, name, off)
     monkeypatch.setattr("torchleaf.interop.calls.choice.disagreement", lambda call, plan, tensors: None)
     found = outcome(wrong, nn.Linear(3, 2), X)
