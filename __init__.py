@@ -9,7 +9,7 @@ from .interop import TorchCallError as TorchCallError
 from .interop import to_jax as to_jax
 from .interop import to_torch as to_torch
 from .interop import torch_function as torch_function
-from .interop.doctor import doctor as doctor
+from .interop.doctor.doctor import doctor as doctor
 from .layers import aliases
 from .layers import equinox as equinox
 from .layers.check import check as check

@@ -5,7 +5,7 @@ The exit status is 1 where something is broken, or not as in torch.
 
 import sys
 
-from .interop.doctor import doctor
+from .interop.doctor.doctor import doctor
 from .layers.check.command import main as check
 
 _USAGE = "usage: python -m torchleaf [check package.module:factory]"

@@ -39,7 +39,7 @@ SPECS = [
 ]  # some are new in newer versions of torch
 DETERMINISTIC = [spec for spec in SPECS if spec not in layer_catalogue.SPECS and spec.random != "always"]
 
-PAGE = Path(__file__).parents[2] / "docs/torch_nn.md"
+PAGE = Path(__file__).parents[3] / "docs/torch_nn.md"
 
 
 def _each(specs: list[LayerSpec]):
@@ -57,7 +57,7 @@ def test_every_class_is_listed():
 
 
 def test_page_is_up_to_date():
-    """If this fails: `python tests/torch_nn_page.py > docs/torch_nn.md`, with the newest torch."""
+    """If this fails: `python tests/support/torch_nn_page.py > docs/torch_nn.md`, with the newest torch."""
     committed = PAGE.read_text().splitlines(keepends=True)
     classes = [re.match(r"\| ([A-Z]\w+) \|", line) for line in committed]
     here = [line for line, cls in zip(committed, classes, strict=True) if cls is None or cls[1] in CLASSES]

@@ -115,7 +115,7 @@ before = str((torch.get_rng_state().tolist(), np.random.get_state(), random.gets
 print(json.dumps(draw_everything()))
 assert str((torch.get_rng_state().tolist(), np.random.get_state(), random.getstate())) == before
 """
-    there = json.loads(run_python(_DIGESTS + script, PYTHONPATH=str(Path(__file__).parents[1])))
+    there = json.loads(run_python(_DIGESTS + script, PYTHONPATH=str(Path(__file__).parents[2] / "support")))
     assert there == here["draw_everything"]()
 
 

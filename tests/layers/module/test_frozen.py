@@ -20,7 +20,7 @@ from samples import raw_bytes
 from torch import nn
 from watching import OpLog
 
-DOCS = Path(__file__).parents[2]
+DOCS = Path(__file__).parents[3]
 residual_modes = pytest.mark.parametrize("residuals", ["live", "recompute"])
 
 

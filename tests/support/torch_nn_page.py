@@ -1,6 +1,6 @@
 """The page of the guide that says how each class of torch.nn works, from the specs that the tests run.
 
-`python tests/torch_nn_page.py > docs/torch_nn.md` writes it.
+`python tests/support/torch_nn_page.py > docs/torch_nn.md` writes it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,7 +37,7 @@ evaluate = eqx.nn.inference_mode(model)
 y, state = evaluate(jnp.ones((8, 4)), state=state)
 ```
 
-This page is written by `python tests/torch_nn_page.py > docs/torch_nn.md`.
+This page is written by `python tests/support/torch_nn_page.py > docs/torch_nn.md`.
 """
 
 TABLE = """

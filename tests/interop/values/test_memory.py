@@ -11,7 +11,7 @@ import pytest
 from fresh_process import run_python
 
 MIB = 2**20
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 _IMPORTS = f"""
 import json
