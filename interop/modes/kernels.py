@@ -113,13 +113,14 @@ def _without_compiler() -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def _without(library: Any) -> Iterator[None]:
-    """Without `torch.backends.mkldnn` (oneDNN) or `torch.backends.cudnn`."""
-    before, library.enabled = library.enabled, False
+def _without(is_enabled: Callable[[], bool], enable: Callable[[bool], None]) -> Iterator[None]:
+    """Without a library: not by its `enabled`, which cannot be set where torch's test tools are imported."""
+    before = is_enabled()
+    enable(False)
     try:
         yield
     finally:
-        library.enabled = before
+        enable(before)
 
 
 @contextlib.contextmanager
@@ -132,8 +133,8 @@ def _without_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-_ONEDNN = Switch(lambda: _without(torch.backends.mkldnn))
-_CUDNN = Switch(lambda: _without(torch.backends.cudnn))
+_ONEDNN = Switch(lambda: _without(torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled))
+_CUDNN = Switch(lambda: _without(torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled))
 _FAST_PATH = Switch(_without_fast_path)
 _SWITCHES = {
     "attention": (Switch(lambda: sdpa_kernel(SDPBackend.MATH)),),

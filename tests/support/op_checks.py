@@ -45,8 +45,12 @@ def outcomes(op: Any, dtype: torch.dtype, most: int) -> Iterator[Outcome]:
             yield Outcome(name_of(op), i, "forward", not_applicable="sparse operands")
             continue
         points = [case, *(case.at(case.near(seed)) for seed in range(1, RUNS))]
+        failure = _attempt(lambda case=case: case.gradient) if op.supports_autograd else None
+        if isinstance(failure, Exception):
+            yield Outcome(name_of(op), i, "gradient", not_applicable=f"torch: {_short(failure)}")
+        is_differentiable = op.supports_autograd and not isinstance(failure, Exception)
         with plain_attention():
-            for name, found in _verdicts(programs(case, differentiable=op.supports_autograd), points):
+            for name, found in _verdicts(programs(case, differentiable=is_differentiable), points):
                 yield Outcome(name_of(op), i, name, **found)
 
 

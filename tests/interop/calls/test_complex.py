@@ -34,6 +34,9 @@ NOT_HOLOMORPHIC = {
     "real part": Twin(lambda z, w: z.real * w, lambda z, w: z.real * w, ((3,), (3,))),
     "phase": Twin(lambda z, w: z / z.abs() + w.imag, lambda z, w: z / jnp.abs(z) + w.imag, ((3,), (3,))),
     "adjoint": Twin(lambda z, w: z.mH @ w, lambda z, w: z.conj().T @ w, ((2, 3), (2, 2))),
+    "pseudo-inverse": Twin(
+        lambda z, w: torch.linalg.pinv(z) @ w, lambda z, w: jnp.linalg.pinv(z) @ w, ((3, 2), (3, 2))
+    ),
     "two outputs": Twin(lambda z, w: (z * w, w.conj()), lambda z, w: (z * w, w.conj()), ((3,), (3,))),
 }
 # Complex to real.
