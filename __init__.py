@@ -24,6 +24,8 @@ if typing.TYPE_CHECKING:
     from .layers import linen as linen
     from .layers import nnx as nnx
 
+__version__ = "0.2.0"
+
 aliases.install()
 
 

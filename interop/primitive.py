@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import util as jax_util
 from jax.core import ShapedArray
 from jax.extend.core import Primitive, Var
 from jax.interpreters import ad, batching, mlir, partial_eval
@@ -22,6 +21,7 @@ from .calls.handles import HANDLE
 from .calls.per_example import PerExampleVjp, over_batch
 from .calls.residuals import drop_with
 from .calls.save import Save
+from .internals import let_caches_hold_weakly
 from .transport import lowering
 
 torch_call_p = Primitive("torch_call")
@@ -31,7 +31,7 @@ eager_call_p.multiple_results = True
 
 
 # JAX caches results of abstract evaluation by the parameters of equations; a call in there is to die as a jaxpr does.
-getattr(jax_util, "weakref_cache_key_types", set()).update({Base, Jvp, Vjp, Save, Vmap, PerExampleVjp})
+let_caches_hold_weakly({Base, Jvp, Vjp, Save, Vmap, PerExampleVjp})
 
 
 def bind(call: TorchCall, *operands: Any) -> list[Any]:

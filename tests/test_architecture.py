@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torchleaf
 
 PACKAGE = Path(torchleaf.__path__[0])
 ROOMS = [
+    "interop.internals",
     "interop.errors",
     "interop.process",
     "interop.values",
@@ -92,6 +94,19 @@ def test_a_door_says_what_is_behind_it(room):
     assert "import" in text
     start = text.partition("Start at `")[2].partition("`")[0]
     assert PACKAGE.joinpath(*room.split("."), start).is_file()
+
+
+def test_there_is_one_door_to_what_others_keep_to_themselves():
+    """Attributes with an underscore of torch's modules and JAX's; imports are ruff's affair (TID251)."""
+    private = re.compile(r"(?<![\w\"`./])(torch|jax)(\.\w+)*\._(?!_)\w+")
+    allowed = re.compile(r"torch\.ops\.aten\._\w+|torch\._dynamo")  # ops by their names; to load the compiler
+    found = {}
+    for path in SOURCES:
+        code = [line for line in path.read_text().splitlines() if not line.lstrip().startswith(("#", "-", '"'))]
+        names = {m[0] for line in code for m in private.finditer(line) if not allowed.match(m[0])}
+        if names and path.name != "internals.py":
+            found[name_of(path)] = names
+    assert not found
 
 
 def test_most_files_are_short():

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge, saved_tensors_hooks
 
+from ..internals import FUNCTION_BASE
 from ..modes.kernels import compiling
 from ..replay.repeated import Repeated
 from ..values.memory import storage_of
@@ -193,6 +194,6 @@ def _nothing(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 def _edge(tensor: torch.Tensor) -> GradientEdge:
     node = tensor.grad_fn
-    if node is None or isinstance(node, torch._C._FunctionBase):  # one written in Python needs more to stay alive
+    if node is None or isinstance(node, FUNCTION_BASE):  # one written in Python needs more to stay alive
         return get_gradient_edge(tensor)
     return GradientEdge(node, tensor.output_nr)

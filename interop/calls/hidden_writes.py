@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import ForeignTensorError, RandomnessError, TorchCallError
+from ..internals import FakeTensor
 from ..modes.aten import bound, tensors_in, written
 from ..modes.dispatch import Mode
 from ..modes.random import draws

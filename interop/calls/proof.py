@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch._functorch import pyfunctorch
 
 from ..errors import TorchCallError, quote
+from ..internals import without_transforms
 from ..modes.host_random import host_generators_kept
 from ..replay.repeated import LARGE
 from ..values import dtypes
@@ -42,7 +42,7 @@ def disagreement(call: "TorchCall", plan: Plan, tensors: "Tensors") -> str | Non
     Raises what the call raises by any plan.
     """
     small, operands = call.sampled(tensors)
-    with pyfunctorch.temporarily_clear_interpreter_stack(), host_generators_kept():
+    with without_transforms(), host_generators_kept():
         operands = _with_directions(small, operands)
         if len(call.derivatives) < 2:
             return _objection(small, plan, operands)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointFunction
 
+from ..internals import saved_tensor_hooks
+
 
 def bound(op: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     """The arguments of an op by name."""
@@ -54,7 +56,7 @@ def _updates_statistics(op: Any, arguments: dict[str, Any]) -> bool:
 
 def in_checkpoint() -> bool:
     """Whether code is running within `torch.utils.checkpoint`, which runs it again in the backward pass."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+    hooks = saved_tensor_hooks()
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 

@@ -9,25 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
+from ..internals import FakeTensor, OpOverload, TorchDispatchMode, lazy_bits, torch_pytree
 from .aten import tensors_in
 from .zeros import with_memory
-
-
-def _lazy_bits() -> Any:
-    """Conjugates and negatives that are views are resolved, as outside of modes.
-
-    In a mode, kernels that call other ops take them for what they are views of: `torch.linalg.pinv`, of complex
-    matrices, is another matrix there (torch 2.11 to 2.14).
-    """
-    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    return torch._C._ForceDispatchKeyGuard(included, excluded - _LAZY)
-
-
-_LAZY = torch._C.DispatchKeySet(torch._C.DispatchKey.Conjugate) | torch._C.DispatchKeySet(torch._C.DispatchKey.Negative)
 
 
 class Mode(TorchDispatchMode):
@@ -51,16 +36,16 @@ class Mode(TorchDispatchMode):
                 return value
             return functools.update_wrapper(functools.partial(self._within, value), value, updated=())
 
-        args, kwargs = tree_map(watched, (args, kwargs))
+        args, kwargs = torch_pytree.tree_map(watched, (args, kwargs))
         return func(*args, **kwargs)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not isinstance(func, torch._ops.OpOverload):
+        if not isinstance(func, OpOverload):
             return self.higher_order_op(func, args, kwargs or {})
         kwargs = kwargs or {}
         tensors = list(tensors_in(*args, *kwargs.values()))
         if any(x.is_complex() for x in tensors) and not any(isinstance(x, FakeTensor) for x in tensors):
-            with _lazy_bits():
+            with lazy_bits():
                 return self.op(with_memory(func), args, kwargs)
         return self.op(with_memory(func), args, kwargs)
 

@@ -7,8 +7,9 @@ import math
 from typing import Any
 
 import torch
-import torch.utils._pytree as torch_pytree
 from torch.utils.flop_counter import flop_registry
+
+from ..internals import torch_pytree
 
 
 def operations(op: Any, args: Any, kwargs: Any, output: Any) -> float:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..internals import BATCH_NORM, WEIGHT_NORM
 from .function_modes import FunctionMode
 
 Optional = torch.Tensor | None
@@ -190,12 +191,12 @@ _ATEN = (
     torch.ops.aten._batch_norm_with_update,
 )
 _NATIVE: tuple[Any, ...] = (
-    *(torch.native_batch_norm, torch._native_batch_norm_legit),
+    *(torch.native_batch_norm, BATCH_NORM),
     *(f for packet in _ATEN for f in (packet, *(getattr(packet, name) for name in packet.overloads()))),
 )
 
 _FUNCTIONS: dict[str, dict[Any, Callable[..., Any]]] = {
-    "weight norm": {torch._weight_norm: _weight_norm},  # pyright: ignore[reportPrivateImportUsage]
+    "weight norm": {WEIGHT_NORM: _weight_norm},
     "layer norm": {F.layer_norm: _layer_norm, torch.layer_norm: _layer_norm},
     "native layer norm": {torch.native_layer_norm: _native_layer_norm},
     "batch norm": {

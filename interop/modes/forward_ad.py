@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch._functorch import pyfunctorch
 from torch.autograd import forward_ad
 
+from ..internals import FORWARD_GRAD, JVP_TRANSFORM, SET_GRAD_ENABLED, transforms
 from .function_modes import FunctionMode
 
 _lock = threading.RLock()
@@ -35,23 +35,23 @@ def uses_forward_mode() -> bool:
 
 def in_forward_mode() -> bool:
     """Whether a `torch.func.jvp` is running."""
-    interpreters = pyfunctorch.retrieve_all_functorch_interpreters()
-    return any(isinstance(i, pyfunctorch.JvpInterpreter) for i in interpreters)
+    return any(isinstance(transform, JVP_TRANSFORM) for transform in transforms())
 
 
 @contextlib.contextmanager
 def stopped_by_no_grad() -> Iterator[None]:
     """Where code within switches gradients off or on, tangents are, too."""
-    enabled = torch._C._is_fwd_grad_enabled()
+    is_enabled, enable = FORWARD_GRAD
+    before = is_enabled()
     try:
         with torch.enable_grad(), _Follow():
             yield
     finally:
-        torch._C._set_fwd_grad_enabled(enabled)
+        enable(before)
 
 
 class _Follow(FunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._C._set_grad_enabled:
-            torch._C._set_fwd_grad_enabled(args[0])
+        if func is SET_GRAD_ENABLED:
+            FORWARD_GRAD[1](args[0])
         return func(*args, **(kwargs or {}))

@@ -11,10 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._functorch import pyfunctorch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes
 
+from ..internals import FakeTensor, transforms, without_modes
 from ..values.memory import has_storage, storage_of
 from .aten import STATISTICS, bound, written
 from .dispatch import Mode
@@ -108,7 +106,7 @@ def _kind(op: Any) -> tuple[bool, bool]:
 
 def is_plain_run(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether a run is one on values, and outermost: within transforms of torch's, operands have no memory to watch."""
-    return not (pyfunctorch.retrieve_all_functorch_interpreters() or any(isinstance(x, FakeTensor) for x in tensors))
+    return not (transforms() or any(isinstance(x, FakeTensor) for x in tensors))
 
 
 def changed(before: torch.Tensor, after: Any) -> bool:
@@ -117,7 +115,7 @@ def changed(before: torch.Tensor, after: Any) -> bool:
         return False
     if not isinstance(after, torch.Tensor) or (after.shape, after.dtype) != (before.shape, before.dtype):
         return True
-    with _disable_current_modes(), torch.no_grad():
+    with without_modes(), torch.no_grad():
         return not torch.equal(before, after) and not _same_with_nan(before, after)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import TorchCallError
+from ..internals import CUDNN, ONEDNN, in_torchscript
 from ..process.switches import Switch
 from . import formulas
 from .forward_ad import one_at_a_time, uses_forward_mode
@@ -42,7 +43,7 @@ _MARKS = formulas.MARKS | {
 def fused_kernels(op_name: str, arguments: Mapping[str, Any]) -> frozenset[str]:
     """Which of the replaceable kernels an aten op stands for; and what runs it, TorchScript or forward mode."""
     found = frozenset(kernel for kernel, marks in _MARKS.items() if any(mark in op_name for mark in marks))
-    if _in_script():
+    if in_torchscript():
         found |= {SCRIPTED, *(_scripted(kernel) for kernel in found)}
     if uses_forward_mode():
         found |= {FORWARD_MODE}
@@ -70,11 +71,6 @@ def refuse_scripted(name: str, kernels: frozenset[str], lacking: frozenset[str])
 
 def _scripted(kernel: str) -> str:
     return f"{SCRIPTED} {kernel}"
-
-
-def _in_script() -> bool:
-    profiler = torch._C._profiler  # pyright: ignore[reportAttributeAccessIssue]
-    return any(profiler.symbolize_tracebacks([profiler.gather_traceback(False, True, False)]))
 
 
 def compiled_code(function: Callable[..., Any]) -> frozenset[str]:
@@ -133,8 +129,8 @@ def _without_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-_ONEDNN = Switch(lambda: _without(torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled))
-_CUDNN = Switch(lambda: _without(torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled))
+_ONEDNN = Switch(lambda: _without(*ONEDNN))
+_CUDNN = Switch(lambda: _without(*CUDNN))
 _FAST_PATH = Switch(_without_fast_path)
 _SWITCHES = {
     "attention": (Switch(lambda: sdpa_kernel(SDPBackend.MATH)),),

@@ -13,12 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses import fake_tensor
-from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedFakeTensorException
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from ..internals import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    OpOverload,
+    UnsupportedFakeTensorException,
+    throw_on_writes,
+    torch_pytree,
+)
 from ..values.memory import is_plain, storage_of
 from .aten import bound, reads_values, tensors_in, written
 
@@ -54,12 +60,12 @@ class Failure:
     @property
     def reads_values(self) -> bool:
         """Whether the op gives values to Python."""
-        return issubclass(self.kind, fake_tensor.DataDependentOutputException)
+        return issubclass(self.kind, DataDependentOutputException)
 
     @property
     def makes_shapes(self) -> bool:
         """Whether values decide about the shape of what the op makes."""
-        return issubclass(self.kind, fake_tensor.DynamicOutputShapeException)
+        return issubclass(self.kind, DynamicOutputShapeException)
 
 
 class KnownConstants(FakeTensorMode):
@@ -90,7 +96,7 @@ class KnownConstants(FakeTensorMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         try:
-            if not isinstance(func, torch._ops.OpOverload):
+            if not isinstance(func, OpOverload):
                 return self._higher_order(func, types, args, kwargs)
             tensors = list(tensors_in(*args, *kwargs.values()))
             answer = self._answer() if self._answers and reads_values(func) else None
@@ -134,7 +140,7 @@ class KnownConstants(FakeTensorMode):
         """Whether the results of an op on constants are."""
         if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
             return True  # as large as its operands, at most
-        args, kwargs = tree_map_only(torch.Tensor, self._substitute, (args, kwargs))
+        args, kwargs = torch_pytree.tree_map_only(torch.Tensor, self._substitute, (args, kwargs))
         outs = super().__torch_dispatch__(func, (), args, kwargs)
         return all(x.numel() <= _MOST_MADE for x in tensors_in(outs))
 
@@ -168,7 +174,7 @@ class KnownConstants(FakeTensorMode):
         targets = [x for x in written(func, bound(func, args, kwargs)) if is_plain(x)]
         given = {id(x): self._new_substitute(x) for x in targets}
         back = {id(substitute): x for x, substitute in zip(targets, given.values(), strict=True)}
-        args, kwargs = tree_map_only(
+        args, kwargs = torch_pytree.tree_map_only(
             torch.Tensor, lambda x: given[id(x)] if id(x) in given else self._substitute(x), (args, kwargs)
         )
         outs = super().__torch_dispatch__(func, types, args, kwargs)
@@ -176,7 +182,7 @@ class KnownConstants(FakeTensorMode):
             if given[id(target)].shape != target.shape:
                 raise UnsupportedFakeTensorException(f"{func} gives a constant another shape")
             self._forget(target)
-        return tree_map_only(torch.Tensor, lambda x: back.get(id(x), x), outs) if back else outs
+        return torch_pytree.tree_map_only(torch.Tensor, lambda x: back.get(id(x), x), outs) if back else outs
 
     def _factory(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What a factory makes in the likeness of a fake tensor."""
@@ -196,7 +202,7 @@ class KnownConstants(FakeTensorMode):
         self._note(tensor, self._unknown)
         if address in self._made:
             storage = tensor.untyped_storage()
-            torch._C._set_throw_on_mutable_data_ptr(tensor)  # pyright: ignore[reportAttributeAccessIssue]
+            throw_on_writes(tensor)
             storage.resize_(0)
 
     def _substitute(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -231,12 +237,12 @@ class KnownConstants(FakeTensorMode):
                 return tensor
             return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
-        args, kwargs = tree_map_only(torch.Tensor, real, (args, kwargs))
+        args, kwargs = torch_pytree.tree_map_only(torch.Tensor, real, (args, kwargs))
         outs = func(*args, **kwargs)
         if func is _aten._pack_padded_sequence.default:
             self._note(outs[1], self._made)  # the sizes of the batches follow from the lengths alone
             return self._new_substitute(outs[0]), outs[1]
-        return tree_map_only(torch.Tensor, self._new_substitute, outs)
+        return torch_pytree.tree_map_only(torch.Tensor, self._new_substitute, outs)
 
     # --- higher-order ops ---
 

@@ -23,15 +23,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from torch._functorch import pyfunctorch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import RandomnessError
+from ..internals import (
+    VMAP_TRANSFORM,
+    DisableTorchFunction,
+    FakeTensor,
+    batch_of,
+    is_batched,
+    transforms,
+    unwrapped,
+    without_transforms,
+)
 from .aten import bound, in_checkpoint
 from .device_random import DeviceDraws, can_draw
 from .dispatch import Mode
-
-_functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 _IN_PLACE = {"bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "normal_", "random_", "uniform_"}
 _LIKE_AN_ARGUMENT = {"_standard_gamma", "bernoulli", "binomial", "native_dropout", "normal", "poisson"}
@@ -124,7 +130,7 @@ class WithKey(Mode):
     @functools.cached_property
     def words(self) -> list[list[int]] | None:
         """The words of each example's key, which the host has to read; None on fake tensors."""
-        with torch._C.DisableTorchFunction():  # no value that the callable reads
+        with DisableTorchFunction():  # no value that the callable reads
             return None if self._keys is None else self._keys.tolist()
 
     @functools.cached_property
@@ -203,16 +209,16 @@ def _examples(key: torch.Tensor) -> tuple[tuple[int, ...], torch.Tensor | None]:
 
     On fake tensors there are no words. Axes that are no vmap's (a natively batched call) are words too.
     """
-    interpreters = pyfunctorch.retrieve_all_functorch_interpreters()
-    levels = [(i.level(), i.batch_size()) for i in interpreters if isinstance(i, pyfunctorch.VmapInterpreter)]
+    interpreters = transforms()
+    levels = [(i.level(), i.batch_size()) for i in interpreters if isinstance(i, VMAP_TRANSFORM)]
     axes: dict[int, int] = {}
-    while _functorch.is_batchedtensor(key):
-        axes[_functorch.maybe_get_level(key)] = _functorch.maybe_get_bdim(key)
-        key = _functorch.get_unwrapped(key)
+    while is_batched(key):
+        level, axis = batch_of(key)
+        axes[level], key = axis, unwrapped(key)
     batch = tuple(size for _, size in sorted(levels))
     if isinstance(key, FakeTensor):
         return batch, None
-    with pyfunctorch.temporarily_clear_interpreter_stack():
+    with without_transforms():
         for i, (level, _) in enumerate(sorted(levels)):  # an axis is counted among those of inner levels
             key = key.movedim(axes[level] + i, i) if level in axes else key.unsqueeze(i)
         key = key.expand(*batch, *key.shape[len(batch) :])

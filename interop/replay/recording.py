@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..internals import DisableTorchFunction, torch_pytree
 from ..modes.aten import bound, reads_values, written
 from ..modes.dispatch import Mode
 from ..modes.guard import Exposure
@@ -83,7 +83,7 @@ class Step:
 
     def operands(self) -> set[int]:
         """The slots it reads, or writes into."""
-        return {x.number for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, Slot)}
+        return {x.number for x in torch_pytree.tree_leaves((self.args, self.kwargs)) if isinstance(x, Slot)}
 
     def slots(self) -> set[int]:
         """The slots it has to do with."""
@@ -146,13 +146,13 @@ class Recorder(Mode):
         return func(*args, **kwargs)
 
     def op(self, func: Any, args: Any, kwargs: Any) -> Any:
-        with torch._C.DisableTorchFunction():  # what an op does within, it does in every run
+        with DisableTorchFunction():  # what an op does within, it does in every run
             return func(*args, **kwargs) if self.failure is not None else self._op(func, args, kwargs)
 
     def _note_list(self, tensor: torch.Tensor, values: Any) -> None:
         """Python is given values past torch's dispatcher."""
         if self.failure is None:
-            with torch._C.DisableTorchFunction():
+            with DisableTorchFunction():
                 self._note_value(torch.Tensor.tolist, ((self._slot(tensor),), {}), values)
 
     def _note_exposure(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -165,7 +165,7 @@ class Recorder(Mode):
         self.failure = self._why_not(func, arguments, targets)
         if self.failure is not None:
             return func(*args, **kwargs)
-        given = tree_map_only(torch.Tensor, self._slot, (args, kwargs))
+        given = torch_pytree.tree_map_only(torch.Tensor, self._slot, (args, kwargs))
         before = [memory_key(x) for x in targets]
         try:
             output = func(*args, **kwargs)
@@ -194,7 +194,7 @@ class Recorder(Mode):
             return f"{op} takes a generator"
         if _depends_on_values(op, arguments):
             return f"{op} depends on values"
-        if any(_unlike_memory(x) for x in tree_leaves(arguments) if isinstance(x, torch.Tensor)):
+        if any(_unlike_memory(x) for x in torch_pytree.tree_leaves(arguments) if isinstance(x, torch.Tensor)):
             return f"{op} has an operand that is not plain memory"
         if any(storage_of(x) not in self._made for x in targets):
             return f"{op} writes into a tensor from outside"

@@ -6,7 +6,6 @@ random numbers, the call runs as it is each time.
 """
 
 import contextlib
-import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import quote
+from ..internals import SET_GRAD_ENABLED, ops_only
 from .recording import Recorder
 from .replays import Code, OtherValueError, Replay, codes_of
 
@@ -158,17 +158,7 @@ def ops_alone() -> Iterator[None]:
     """Around a replay: neither gradients nor autocast, which have had their say. It may leave another grad mode."""
     grad_mode = torch.is_grad_enabled()
     try:
-        with torch._C._ExcludeDispatchKeyGuard(_ABOVE_OPS):
+        with ops_only():
             yield
     finally:
-        torch._C._set_grad_enabled(grad_mode)
-
-
-_KEYS = torch._C.DispatchKey
-_ABOVE_OPS = functools.reduce(
-    torch._C.DispatchKeySet.__or__,
-    map(
-        torch._C.DispatchKeySet,
-        (_KEYS.AutogradFunctionality, _KEYS.ADInplaceOrView, _KEYS.AutocastCPU, _KEYS.AutocastCUDA),
-    ),
-)
+        SET_GRAD_ENABLED(grad_mode)

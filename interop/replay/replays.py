@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..internals import SET_GRAD_ENABLED
 from ..values.memory import memory_key
 from ..values.statics import static_key
 from .cuda_graphs import MOST_BYTES, Captured
@@ -129,7 +130,7 @@ class Code:
         for i, step in enumerate(steps):
             if step.grad_mode is not grad_mode:
                 grad_mode = step.grad_mode
-                lines.append(f"{self._global(torch._C._set_grad_enabled)}({grad_mode})")
+                lines.append(f"{self._global(SET_GRAD_ENABLED)}({grad_mode})")
             lines += [self._line(step), *self._copies(changed, i)]
             near = {*step.slots(), *(n for n in changed if changed[n] == i)}
             names = [self._show(Slot(n)) for n in sorted(near - staying) if last[n] == i]

@@ -6,13 +6,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._pytree import tree_leaves
 
 from ..calls.call import Aval, Checkpoints
 from ..calls.cycles import free_circular_graphs
 from ..errors import CapturedWriteError, ForeignTensorError, StateError, TorchCallError, signature_text
+from ..internals import DisableTorchFunction, FakeTensor, torch_pytree
 from ..modes import kernels
 from ..modes.aten import bound, in_checkpoint, in_reentrant_checkpoint, reads_values, tensors_in, written
 from ..modes.dispatch import Mode
@@ -235,7 +234,7 @@ class _Watch(Mode):
         return super().higher_order_op(func, args, kwargs)
 
     def op(self, func: Any, args: Any, kwargs: Any) -> Any:
-        with torch._C.DisableTorchFunction():  # to ask for a storage is no exposure
+        with DisableTorchFunction():  # to ask for a storage is no exposure
             return self._op(func, args, kwargs)
 
     def _op(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -265,7 +264,7 @@ class _Watch(Mode):
     def _note_list(self, tensor: torch.Tensor, values: Any) -> None:
         """A tensor's values were read past torch's dispatcher; those of a fake tensor are, one by one, by ops."""
         if self._fake is None:
-            self.reads += tree_leaves(values)
+            self.reads += torch_pytree.tree_leaves(values)
 
     def _note_exposure(self, tensors: Iterable[torch.Tensor]) -> None:
         """The memory of tensors is handed out; it need not be that of an operand."""

@@ -22,6 +22,7 @@ from ..calls.cycles import free_circular_graphs
 from ..calls.handles import is_signed, number_in, sign
 from ..calls.residuals import discard, hand_over
 from ..errors import TorchCallError, runtime_message
+from ..internals import storage_holders
 from ..modes import ambient
 from ..replay.repeated import ops_alone
 from ..values.memory import storage_of
@@ -214,7 +215,7 @@ def _graphless(call: TorchCall) -> tuple[TorchCall, tuple[int, ...]]:
 
 def _holders(tensors: Sequence[torch.Tensor]) -> list[int]:
     """How many hold each tensor or its storage."""
-    return [sys.getrefcount(x) + torch._C._storage_Use_Count(x.untyped_storage()._cdata) for x in tensors]
+    return [sys.getrefcount(x) + storage_holders(x) for x in tensors]
 
 
 def _escaped(tensors: Sequence[torch.Tensor], before: Sequence[int]) -> list[int]:

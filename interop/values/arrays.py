@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from jax.core import Tracer
 from jaxtyping import PyTree
-from torch._subclasses.fake_tensor import FakeTensor
 
+from ..internals import FakeTensor
 from . import dtypes
 from .trees import flatten_registering
 

@@ -4,18 +4,12 @@ from typing import Any
 
 import torch
 
+from ..internals import storage_address
+
 
 def storage_of(tensor: torch.Tensor) -> int:
     """The address of a tensor's storage, which is another's when it is gone. No mode sees that it is asked for."""
-    return _address(tensor)
-
-
-def _address_by_storage(tensor: torch.Tensor) -> int:
-    with torch._C.DisableTorchFunction():
-        return tensor.untyped_storage()._cdata
-
-
-_address = getattr(torch._C, "_storage_address", _address_by_storage)
+    return storage_address(tensor)
 
 
 def has_storage(tensor: torch.Tensor) -> bool:

@@ -4,10 +4,8 @@ The check is an op like any other, which a replay repeats. On a GPU it would wai
 """
 
 import torch
-from torch._functorch import pyfunctorch
-from torch._subclasses.fake_tensor import FakeTensor
 
-_functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+from ..internals import FakeTensor, is_wrapped, unwrapped, without_transforms
 
 
 def narrowed(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
@@ -15,7 +13,7 @@ def narrowed(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tenso
     if (tensor.dtype, dtype) == (torch.int64, torch.int32) and tensor.is_cpu:
         plain = _plain(tensor)
         if not isinstance(plain, FakeTensor):
-            with pyfunctorch.temporarily_clear_interpreter_stack():
+            with without_transforms():
                 torch.ops.aten._assert_async.msg(
                     (plain == plain.to(dtype)).all(),
                     f"{name} returns int64 values that do not fit int32, the widest integer JAX has here. Enable "
@@ -26,6 +24,6 @@ def narrowed(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tenso
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     """The values of all examples, without the wrappers of `torch.func`."""
-    while _functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = _functorch.get_unwrapped(tensor)
+    while is_wrapped(tensor):
+        tensor = unwrapped(tensor)
     return tensor

@@ -10,7 +10,8 @@ import jax
 import torch
 from jax.tree_util import GetAttrKey
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._python_dispatch import _disable_current_modes
+
+from ..internals import without_modes
 
 _CHILDREN = ("data", "sorted_indices", "unsorted_indices")
 
@@ -26,7 +27,7 @@ def _flatten(packed: PackedSequence) -> tuple[list[tuple[Any, Any]], tuple[int, 
 
 def _unflatten(batch_sizes: tuple[int, ...], children: Iterable[Any]) -> PackedSequence:
     data, sorted_indices, unsorted_indices = children
-    with _disable_current_modes():  # a constant for every mode
+    with without_modes():  # a constant for every mode
         sizes = torch.tensor(batch_sizes, dtype=torch.int64)
     # Not by the constructor, which computes with the indices: JAX puts anything in their place.
     return tuple.__new__(PackedSequence, (data, sizes, sorted_indices, unsorted_indices))

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 import torch
-import torch.utils._pytree as torch_pytree
 from jax.tree_util import GetAttrKey, SequenceKey
 
+from ..internals import torch_pytree
 from . import packed_sequence
 from .records import attributes, is_cache, is_record, register_record
 

@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ...interop.internals import SET_GRAD_ENABLED
 from .subject import Subject
 
 _CUTS = {
     torch.Tensor.detach: "detach",
     torch.Tensor.detach_: "detach",
     torch.detach: "detach",
-    torch._C._set_grad_enabled: "no_grad",
+    SET_GRAD_ENABLED: "no_grad",
     torch.Tensor.data.__get__: ".data",  # pyright: ignore[reportAttributeAccessIssue]
 }
 _ROUNDING = ("round", "floor", "ceil", "trunc", "sign", "heaviside", "argmax", "argmin", "bucketize", "searchsorted")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jax.core import Tracer
 
+from ...interop.internals import DropoutNd
 from ...interop.values import dtypes
 from ...interop.values.arrays import array_to_torch
 from ...interop.values.dtypes import is_inexact_tensor
@@ -186,7 +187,7 @@ def _itself(x: Any) -> Any:
 
 def _without_dropout(module: torch.nn.Module) -> None:
     for part in module.modules():
-        if isinstance(part, torch.nn.modules.dropout._DropoutNd):
+        if isinstance(part, DropoutNd):
             part.eval()
 
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as torch_pytree
-from torch._subclasses.fake_tensor import FakeTensor
 
+from ...interop.internals import FakeTensor, torch_pytree
 from ...interop.modes.host_random import is_generator, is_same_state, set_state, state_of
 from ...interop.values.memory import has_storage, storage_of
 from .plain_objects import CONTAINERS, held_by, own_attributes, tensors_of

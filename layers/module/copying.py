@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
+from ...interop.internals import WrappedHook, without_modes
 from .class_cache import once_per_class
 from .parametrized import copy_class, is_parametrized
 from .references import ATOMS, COMPILED_FROM, is_filled, references
@@ -64,7 +64,7 @@ class Copier:
     def copied(self) -> torch.nn.Module:
         """The copy of the module; `TypeError` naming the attribute that cannot be copied."""
         try:
-            with _disable_current_modes():  # else its other tensors would become fake when a trace needs a copy
+            with without_modes():  # else its other tensors would become fake when a trace needs a copy
                 for part in self._parts:
                     if isinstance(part, torch.jit.ScriptModule):
                         self.copy(part)
@@ -300,7 +300,7 @@ class Copier:
 _LOCKS = (type(threading.Lock()), type(threading.RLock()))
 _KINDS: dict[Any, Callable[[Copier, Any], Any]] = {
     torch.jit.ScriptModule: Copier._scripted,
-    torch.nn.modules.module._WrappedHook: Copier._wrapped_hook,
+    WrappedHook: Copier._wrapped_hook,
     torch.nn.Module: Copier._unregistered,
     torch.Tensor: Copier._tensor,
     types.MethodType: Copier._method,

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...interop.internals import WrappedHook
 from ...interop.values.statics import static_key
 from .class_cache import once_per_class
 from .copying import is_plain
@@ -200,7 +201,7 @@ _EXACT: dict[type, Callable[[_Reader, Any], Iterator[Token]]] = {
 }
 _KINDS: dict[type, Callable[[_Reader, Any], Iterator[Token]]] = {
     torch.nn.Module: _Reader.module,
-    torch.nn.modules.module._WrappedHook: _Reader.wrapped_hook,
+    WrappedHook: _Reader.wrapped_hook,
     torch.Tensor: _Reader.tensor,
     np.ndarray: _Reader.array,
     types.MethodType: _Reader.method,

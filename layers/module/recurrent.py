@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
+
+from ...interop.internals import without_modes
 
 
 def join_weights(module: torch.nn.Module) -> torch.nn.Module:
@@ -54,7 +55,7 @@ def _order(
     layer: tuple[Any, ...], shapes: tuple[torch.Size, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[int, ...] | None:
     """The order in which cuDNN wants the weights of such a layer; None if it wants gaps between them."""
-    with _disable_current_modes(), torch.no_grad():
+    with without_modes(), torch.no_grad():
         weights = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
         torch.ops.aten._cudnn_rnn_flatten_weight(weights, *layer)  # moves them
     order = sorted(range(len(weights)), key=lambda i: weights[i].storage_offset())

@@ -6,8 +6,8 @@ Their attributes lie in C++, which hands them out and takes others, as long as t
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.utils._pytree as torch_pytree
-from torch.jit._recursive import wrap_cpp_module
+
+from ...interop.internals import script_attributes, torch_pytree, wrap_cpp_module
 
 if TYPE_CHECKING:
     from .copying import Copier
@@ -32,8 +32,7 @@ class ScriptSlots:
     def unregistered(self) -> dict[str, Any]:
         """Those that are neither parameters nor buffers."""
         registered = {*self._module._parameters.keys(), *self._module._buffers.keys()}
-        kind: Any = torch._C.ConcreteModuleType.from_jit_type(self._module._c._type())
-        declared = kind.get_attributes()
+        declared = script_attributes(self._module)
         return {name: self.get(name) for name in declared if name not in registered}
 
     def items(self) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Programs replay functions that read values as long as they read the same ones, and run Python where they do not."""
 
-import warnings
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -221,10 +219,8 @@ def test_random_numbers_are_never_replayed():
 
 
 def test_scripted_functions():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        scripted = torch.jit.script(branches)
-    program = jax.jit(torch_function(lambda x: scripted(x)))
+    compiled = scripted(branches)
+    program = jax.jit(torch_function(lambda x: compiled(x)))
     for run, sign in enumerate([1, 1, 1, 1, -1, 1, -1, 1]):
         x = inputs(run, sign)
         close(program(x), from_torch(branches(as_torch(x))))

@@ -87,7 +87,7 @@ def lu_of_a_matrix(x):
 
 def script(function):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")
         return torch.jit.script(function)
 
 

@@ -1,0 +1,189 @@
+"""The only door to what torch and JAX keep to themselves: their modules and names with an underscore.
+
+Each name says what it stands for and what breaks without it, so that a new release is tried here first. All of these
+are there in torch 2.11 to 2.14 and JAX 0.10 to 0.12.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from jax._src import util as _jax_util
+from torch._functorch import pyfunctorch as _pyfunctorch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
+from torch.jit._recursive import wrap_cpp_module
+from torch.utils import _pytree as torch_pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
+
+__all__ = [
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "FakeTensor",
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "UnsupportedFakeTensorException",
+    "torch_pytree",
+    "without_modes",
+    "wrap_cpp_module",
+]
+
+_C: Any = torch._C
+_functorch: Any = _C._functorch
+_KEYS = _C.DispatchKey
+
+
+# --- JAX -------------------------------------------------------------------------------------------
+
+
+def let_caches_hold_weakly(kinds: Iterable[type]) -> None:
+    """JAX's caches of abstract evaluation hold parameters of these types weakly; else dropped functions stay."""
+    getattr(_jax_util, "weakref_cache_key_types", set()).update(kinds)
+
+
+# --- ops and modes ---------------------------------------------------------------------------------
+
+OpOverload = torch._ops.OpOverload
+"""What a dispatch mode sees of an op; all else is a higher-order op."""
+
+DisableTorchFunction: Any = _C.DisableTorchFunction
+"""Within it no function mode sees what is asked of a tensor; else modes of ours see themselves."""
+
+FUNCTION_BASE: type = _C._FunctionBase
+"""What nodes of a graph are that are written in Python: their edges have to be held by a tensor."""
+
+WEIGHT_NORM, BATCH_NORM = torch._weight_norm, torch._native_batch_norm_legit  # pyright: ignore[reportPrivateImportUsage]
+"""What function modes see of weight norm and of batch norm; their second derivatives are composed."""
+
+SET_GRAD_ENABLED: Any = _C._set_grad_enabled
+"""What function modes see of `torch.no_grad` and the like; forward mode follows it."""
+
+
+def _keys(*keys: Any) -> Any:
+    return functools.reduce(_C.DispatchKeySet.__or__, map(_C.DispatchKeySet, keys))
+
+
+_LAZY = _keys(_KEYS.Conjugate, _KEYS.Negative)
+_ABOVE_OPS = _keys(_KEYS.AutogradFunctionality, _KEYS.ADInplaceOrView, _KEYS.AutocastCPU, _KEYS.AutocastCUDA)
+
+
+def lazy_bits() -> Any:
+    """Within it, conjugates and negatives that are views are resolved, as outside of modes.
+
+    In a mode, kernels that call other ops take them for what they are views of: `torch.linalg.pinv`, of complex
+    matrices, is another matrix there.
+    """
+    included, excluded = _C._dispatch_tls_local_include_set(), _C._dispatch_tls_local_exclude_set()
+    return _C._ForceDispatchKeyGuard(included, excluded - _LAZY)
+
+
+def ops_only() -> Any:
+    """Within it, ops go straight to their kernels, past autograd and autocast: a third of what a small op costs."""
+    return _C._ExcludeDispatchKeyGuard(_ABOVE_OPS)
+
+
+def in_torchscript() -> bool:
+    """Whether TorchScript is running; some fused kernels lack derivatives there."""
+    profiler = _C._profiler
+    return any(profiler.symbolize_tracebacks([profiler.gather_traceback(False, True, False)]))
+
+
+def saved_tensor_hooks() -> Any:
+    """The innermost hooks on saved tensors, or None: `torch.utils.checkpoint` is recognised by its own."""
+    return _C._autograd._top_saved_tensors_default_hooks(True)
+
+
+# --- modules ---------------------------------------------------------------------------------------
+
+WrappedHook: Any = torch.nn.modules.module._WrappedHook
+"""What a module has in the place of a hook that is given the module: a copy is to hold the copy."""
+
+DropoutNd: Any = torch.nn.modules.dropout._DropoutNd
+"""What all dropout layers are."""
+
+
+def script_attributes(module: Any) -> dict[str, Any]:
+    """The declared attributes of a scripted module, which has them in C++."""
+    return _C.ConcreteModuleType.from_jit_type(module._c._type()).get_attributes()
+
+
+# --- switches --------------------------------------------------------------------------------------
+
+ONEDNN: tuple[Callable[[], bool], Callable[[bool], None]] = (_C._get_mkldnn_enabled, _C._set_mkldnn_enabled)
+CUDNN: tuple[Callable[[], bool], Callable[[bool], None]] = (_C._get_cudnn_enabled, _C._set_cudnn_enabled)
+"""Whether a library is used, and what sets it: `torch.backends` refuses to where torch's test tools are imported."""
+
+VMAP_FALLBACK: tuple[Callable[[], bool], Callable[[bool], None]] = (
+    _functorch._is_vmap_fallback_enabled,
+    _functorch._set_vmap_fallback_enabled,
+)
+"""Whether `torch.func.vmap` loops over ops without a rule, with a warning each; trial runs want an error."""
+
+FORWARD_GRAD: tuple[Callable[[], bool], Callable[[bool], None]] = (_C._is_fwd_grad_enabled, _C._set_fwd_grad_enabled)
+"""Whether this thread's ops carry tangents; `torch.no_grad` alone does not stop them."""
+
+
+# --- torch.func ------------------------------------------------------------------------------------
+
+
+def transforms() -> list[Any]:
+    """The transforms of torch.func that are running, the outermost first; empty on plain values."""
+    return _pyfunctorch.retrieve_all_functorch_interpreters()
+
+
+JVP_TRANSFORM, VMAP_TRANSFORM = _pyfunctorch.JvpInterpreter, _pyfunctorch.VmapInterpreter
+"""Their classes."""
+
+
+def without_transforms() -> Any:
+    """Within it none is running, so that values can be looked at."""
+    return _pyfunctorch.temporarily_clear_interpreter_stack()
+
+
+def is_batched(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a batch in a `torch.func.vmap`."""
+    return _functorch.is_batchedtensor(tensor)
+
+
+def batch_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """The level of the vmap that a batch belongs to, and its axis."""
+    return _functorch.maybe_get_level(tensor), _functorch.maybe_get_bdim(tensor)
+
+
+def is_wrapped(tensor: torch.Tensor) -> bool:
+    """Whether a transform of torch.func has wrapped a tensor."""
+    return _functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+    """What is in the wrapper."""
+    return _functorch.get_unwrapped(tensor)
+
+
+# --- memory ----------------------------------------------------------------------------------------
+
+
+def _address_by_storage(tensor: torch.Tensor) -> int:
+    with DisableTorchFunction():
+        return tensor.untyped_storage()._cdata
+
+
+storage_address: Callable[[torch.Tensor], int] = getattr(_C, "_storage_address", _address_by_storage)
+"""Where a tensor's storage is; no mode sees that it is asked for."""
+
+
+def storage_holders(tensor: torch.Tensor) -> int:
+    """How many hold a tensor's storage: a tensor of XLA's memory that stays behind is found by it."""
+    return _C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+def throw_on_writes(tensor: torch.Tensor) -> None:
+    """Make it an error to write into a tensor's memory, or to ask for it, when there is none any more."""
+    _C._set_throw_on_mutable_data_ptr(tensor)
