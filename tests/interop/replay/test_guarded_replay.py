@@ -9,6 +9,7 @@ import torch
 import torchleaf
 from compare import assert_trees_close, from_torch
 from samples import as_torch
+from scripted_layers import scripted
 from torch import distributions, nn
 from torchleaf import torch_function
 from watching import Recorder
