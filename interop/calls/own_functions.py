@@ -77,10 +77,10 @@ def _noting() -> Iterator[None]:
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         found = _noted.get()
         if found is None or len(found) == _MOST or not _is_of_interest(args):
-            return original.__func__(cls, *args, **kwargs)
+            return original.__get__(None, cls)(*args, **kwargs)
         copies = (x.detach().clone().requires_grad_(x.requires_grad) if _is_tensor(x) else x for x in args)
         found.append(Application(cls, tuple(copies), kwargs))
-        outputs = original.__func__(cls, *args, **kwargs)
+        outputs = original.__get__(None, cls)(*args, **kwargs)
         found[-1].note_gradient(outputs)
         return outputs
 

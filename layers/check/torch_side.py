@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import torch
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...interop.calls.reverse import refuse_dead_ends
 from ...interop.values.dtypes import is_inexact_tensor
@@ -73,11 +74,12 @@ class Torch:
 
     def double_backward(self, args: tuple[Any, ...], direction: Direction) -> list[np.ndarray]:
         """A Hessian-vector product by torch itself."""
-        wanted, grads = self.wanted(args), self.gradients(args, create_graph=True)
-        refuse_dead_ends(grads)
-        pairs = [(g, torch.from_numpy(d).to(g)) for g, d in zip(grads, direction, strict=True) if g.requires_grad]
-        slope = sum(((g.conj() * d).sum().real for g, d in pairs), torch.zeros(()))
-        products = torch.autograd.grad(slope, wanted, allow_unused=True) if pairs else [None] * len(wanted)
+        with sdpa_kernel(SDPBackend.MATH):  # the kernel of attention that has one
+            wanted, grads = self.wanted(args), self.gradients(args, create_graph=True)
+            refuse_dead_ends(grads)
+            pairs = [(g, torch.from_numpy(d).to(g)) for g, d in zip(grads, direction, strict=True) if g.requires_grad]
+            slope = sum(((g.conj() * d).sum().real for g, d in pairs), torch.zeros(()))
+            products = torch.autograd.grad(slope, wanted, allow_unused=True) if pairs else [None] * len(wanted)
         return [to_numpy(torch.zeros_like(x) if p is None else p) for x, p in zip(wanted, products, strict=True)]
 
     def forward_mode(self, args: tuple[Any, ...], direction: Direction) -> None:
