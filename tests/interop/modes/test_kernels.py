@@ -1,10 +1,19 @@
 """Kernels that a call has to do without, and what of torch's is switched off for them."""
 
+import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 import torch
 from compare import assert_trees_close
 from torchleaf import TorchModule, torch_function
+from torchleaf.interop import internals
+from torchleaf.interop.calls.own_functions import applications
+from torchleaf.interop.modes import trial
+from torchleaf.interop.modes.kernels import plain_kernels
+from torchleaf.interop.modes.trial import fake_mode
 
 
 def test_flags_that_cannot_be_set(monkeypatch):
@@ -17,3 +26,33 @@ def test_flags_that_cannot_be_set(monkeypatch):
     assert_trees_close(slope, jax.grad(lambda x: model(x)[0].sum())(x).sum())
     assert_trees_close(torch_function(torch.sin)(x), jnp.sin(x))
     assert (torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled) == before
+
+
+def switches():
+    """What trial runs and calls switch off in the whole process."""
+    return (
+        logging.getLogger("torch._subclasses.fake_tensor").disabled,
+        internals.VMAP_FALLBACK[0](),
+        internals.ONEDNN[0](),
+        internals.CUDNN[0](),
+        torch.backends.mha.get_fastpath_enabled(),
+        torch.autograd.Function.__dict__["apply"],
+    )
+
+
+def test_switches_are_on_again_after_threads_that_overlapped():
+    """The first that comes is the first that goes: with what each had found, the last would leave them off for good."""
+    before, both, first_is_out = switches(), threading.Barrier(2), threading.Event()
+
+    def run(is_first):
+        with fake_mode(), trial._STRICT_VMAP.held(), plain_kernels(), applications():
+            both.wait()
+            assert switches()[:2] == (True, False)
+            if not is_first:
+                first_is_out.wait()
+                assert switches()[:2] == (True, False)
+        first_is_out.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, (True, False)))
+    assert switches() == before
