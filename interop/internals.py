@@ -5,6 +5,9 @@ are there in torch 2.11 to 2.14 and JAX 0.10 to 0.12.
 """
 
 import functools
+import importlib
+import logging
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -98,6 +101,23 @@ def in_torchscript() -> bool:
 def saved_tensor_hooks() -> Any:
     """The innermost hooks on saved tensors, or None: `torch.utils.checkpoint` is recognised by its own."""
     return _C._autograd._top_saved_tensors_default_hooks(True)
+
+
+# --- the compiler ----------------------------------------------------------------------------------
+
+
+def load_compiler() -> None:
+    """What `torch.compile` loads when it is first needed."""
+    importlib.import_module("torch._dynamo")
+
+
+def compiler_is_loaded() -> bool:
+    """Whether it is there; to load it takes a second."""
+    return "torch._dynamo" in sys.modules
+
+
+FAKE_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
+"""Where fake tensors say what they cannot do."""
 
 
 # --- modules ---------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import collections
 import gc
 import random
 import zlib
+from types import SimpleNamespace
 
 import beartype._check.code.codemain as type_checks
 import jax
@@ -105,3 +106,16 @@ def _programs_of_one_file():
         residuals.drop(number)
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture
+def backward(monkeypatch):
+    """The ops of backward passes alone."""
+    from watching import OpLog
+
+    log = OpLog()
+    engine = torch.autograd.Variable._execution_engine
+    monkeypatch.setattr(
+        torch.autograd.Variable, "_execution_engine", SimpleNamespace(run_backward=log.wrap(engine.run_backward))
+    )
+    return log

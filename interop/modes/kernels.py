@@ -9,7 +9,6 @@ gradient must be of one function.
 """
 
 import contextlib
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,8 +17,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import TorchCallError
-from ..internals import CUDNN, ONEDNN, in_torchscript
-from ..process.switches import Switch
+from ..internals import CUDNN, ONEDNN, compiler_is_loaded, in_torchscript
+from ..process.switches import Switch, flag_off
 from . import formulas
 from .forward_ad import one_at_a_time, uses_forward_mode
 
@@ -75,7 +74,7 @@ def _scripted(kernel: str) -> str:
 
 def compiled_code(function: Callable[..., Any]) -> frozenset[str]:
     """`COMPILED` if the function, or a part of the module it is a method of, came from `torch.compile`."""
-    if not _compiler_is_loaded():
+    if not compiler_is_loaded():
         return NONE
     owner = getattr(function, "__self__", None)
     parts = owner.modules() if isinstance(owner, torch.nn.Module) else ()
@@ -100,38 +99,12 @@ def quiet_compiler() -> Iterator[None]:
         yield
 
 
-def _compiler_is_loaded() -> bool:
-    return "torch._dynamo" in sys.modules  # to load it takes a second
-
-
 def _without_compiler() -> contextlib.AbstractContextManager[Any]:
-    return torch.compiler.set_stance("force_eager") if _compiler_is_loaded() else contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager") if compiler_is_loaded() else contextlib.nullcontext()
 
 
-@contextlib.contextmanager
-def _without(is_enabled: Callable[[], bool], enable: Callable[[bool], None]) -> Iterator[None]:
-    """Without a library: not by its `enabled`, which cannot be set where torch's test tools are imported."""
-    before = is_enabled()
-    enable(False)
-    try:
-        yield
-    finally:
-        enable(before)
-
-
-@contextlib.contextmanager
-def _without_fast_path() -> Iterator[None]:
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-_ONEDNN = Switch(lambda: _without(*ONEDNN))
-_CUDNN = Switch(lambda: _without(*CUDNN))
-_FAST_PATH = Switch(_without_fast_path)
+_ONEDNN, _CUDNN = flag_off(*ONEDNN), flag_off(*CUDNN)
+_FAST_PATH = flag_off(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled)
 _SWITCHES = {
     "attention": (Switch(lambda: sdpa_kernel(SDPBackend.MATH)),),
     "recurrent": (_ONEDNN, _CUDNN),

@@ -1,53 +1,28 @@
 """Trial runs on fake tensors: what shapes come out, and what torch supports, without computing."""
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from ..internals import VMAP_FALLBACK
-from ..process.switches import Switch
+from ..internals import FAKE_LOGGER, VMAP_FALLBACK, load_compiler
+from ..process.switches import flag_off
 from ..values import dtypes
 from .ambient import neutral
 from .kernels import COMPILED, differentiable_path, plain_kernels, without_cudnn
 from .known import KnownConstants
 
-_fake_logger = logging.getLogger("torch._subclasses.fake_tensor")
-
-
-@contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-    before, _fake_logger.disabled = _fake_logger.disabled, True
-    try:
-        yield
-    finally:
-        _fake_logger.disabled = before
-
-
-@contextlib.contextmanager
-def _without_fallback() -> Iterator[None]:
-    is_enabled, enable = VMAP_FALLBACK
-    before = is_enabled()
-    enable(False)
-    try:
-        yield
-    finally:
-        enable(before)
-
-
-_QUIET = Switch(_silenced)
+_QUIET = flag_off(lambda: not FAKE_LOGGER.disabled, lambda on: setattr(FAKE_LOGGER, "disabled", not on))
 """torch logs a traceback for each failure of a fake run, which torchleaf reports itself."""
-_STRICT_VMAP = Switch(_without_fallback)
+_STRICT_VMAP = flag_off(*VMAP_FALLBACK)
 """`torch.func.vmap` fails where it lacks a batching rule, instead of looping over that op with a warning."""
 
 
 @contextlib.contextmanager
 def fake_mode(answers: Sequence[Any] = ()) -> Iterator[KnownConstants]:
     """Tensors made inside carry shapes and dtypes but no data, unless they follow from constants (`known.py`)."""
-    import torch._dynamo  # as the first op on fake tensors does, too late for what is to be known of it
-
+    load_compiler()  # as the first op on fake tensors does, too late for what is to be known of it
     eager = plain_kernels(frozenset({COMPILED}))  # code met here in a mode would never be compiled again
     with (
         _QUIET.held(),

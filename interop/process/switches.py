@@ -35,3 +35,18 @@ class Switch:
             self._users -= 1
             if self._users == 0:
                 self._exit.close()
+
+
+def flag_off(is_on: Callable[[], bool], turn: Callable[[bool], None]) -> Switch:
+    """The switch of a flag, by what reads and what sets it."""
+
+    @contextlib.contextmanager
+    def off() -> Iterator[None]:
+        before = is_on()
+        turn(False)
+        try:
+            yield
+        finally:
+            turn(before)
+
+    return Switch(off)

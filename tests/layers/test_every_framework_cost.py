@@ -1,11 +1,8 @@
 """In every framework only what is needed is computed: torch's ops are counted, and what they make is inspected."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import pytest
-import torch
 import torchleaf
 from compare import assert_trees_close
 from frameworks import eager_and_jit, every_framework
@@ -21,17 +18,6 @@ B, IN, OUT = 6, 3, 7
 @pytest.fixture
 def forward():
     return OpLog()
-
-
-@pytest.fixture
-def backward(monkeypatch):
-    """The ops of backward passes alone."""
-    log = OpLog()
-    engine = torch.autograd.Variable._execution_engine
-    monkeypatch.setattr(
-        torch.autograd.Variable, "_execution_engine", SimpleNamespace(run_backward=log.wrap(engine.run_backward))
-    )
-    return log
 
 
 def _logged(log):

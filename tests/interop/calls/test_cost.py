@@ -1,7 +1,5 @@
 """Only what is asked for is computed: torch's ops are counted, and the shapes of what it makes inspected."""
 
-from types import SimpleNamespace
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -21,17 +19,6 @@ pytestmark = pytest.mark.usefixtures("no_proofs")
 @pytest.fixture(params=["live", "recompute"])
 def residuals(request):
     return request.param
-
-
-@pytest.fixture
-def backward(monkeypatch):
-    """The ops of backward passes alone."""
-    log = OpLog()
-    engine = torch.autograd.Variable._execution_engine
-    monkeypatch.setattr(
-        torch.autograd.Variable, "_execution_engine", SimpleNamespace(run_backward=log.wrap(engine.run_backward))
-    )
-    return log
 
 
 def run(program, *args):

@@ -3,7 +3,6 @@
 import copy
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import equinox as eqx
 import jax
@@ -18,7 +17,6 @@ from custom_layers import TiedAutoencoder
 from module_reference import torch_gradients_of, weighted_sum
 from samples import raw_bytes
 from torch import nn
-from watching import OpLog
 
 DOCS = Path(__file__).parents[3]
 residual_modes = pytest.mark.parametrize("residuals", ["live", "recompute"])
@@ -53,17 +51,6 @@ def test_gradients_are_of_the_others(frozen):
     assert_trees_close(grads.params, expected, rtol=1e-4, atol=1e-5)
     assert_equal(grads.frozen, jax.tree.map(jnp.zeros_like, model.frozen))
     assert len(grads.frozen) == 2 * len(frozen)
-
-
-@pytest.fixture
-def backward(monkeypatch):
-    """The ops of backward passes alone."""
-    log = OpLog()
-    engine = torch.autograd.Variable._execution_engine
-    monkeypatch.setattr(
-        torch.autograd.Variable, "_execution_engine", SimpleNamespace(run_backward=log.wrap(engine.run_backward))
-    )
-    return log
 
 
 @residual_modes
