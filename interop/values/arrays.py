@@ -115,7 +115,7 @@ def _as_jax_has_it(tensor: torch.Tensor, *, copy: bool, name: str) -> torch.Tens
         if tensor.dtype in _WIDE_INTEGERS and tensor.numel():
             check_range(tensor.cpu().numpy(), wanted, f"to_jax: {name}")
         tensor, copy = tensor.to(dtypes.to_torch_dtype(wanted)), False
-    if copy or not _is_dense(tensor):
+    if copy or not _is_dense(tensor) or (tensor.is_cuda and tensor.data_ptr() % _GPU_ALIGNMENT):
         tensor = tensor.clone(memory_format=torch.contiguous_format)
     return tensor
 
@@ -170,6 +170,8 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 
 _WIDE_INTEGERS = (torch.int64, torch.uint64)
+_GPU_ALIGNMENT = 16
+"""Bytes. XLA's programs for GPUs refuse other addresses, which JAX does not look at; weights of cuDNN's have them."""
 
 
 def check_range(values: np.ndarray, wanted: np.dtype, name: str) -> None:
