@@ -39,11 +39,11 @@ def _fill(keys, out, n, index, HAS_FOUR_WORDS: tl.constexpr, WORDS: tl.constexpr
 
 
 def bits(keys: torch.Tensor, n: int, index: int) -> torch.Tensor:
-    """Random bits of the draw `index` of each key: int32[rows, n], from uint32[rows, 2 or 4]."""
+    """Random bits of the draw `index` of each key: int32[rows, n], from uint32[rows, 2 or 4], of any strides."""
     rows, words = keys.shape
     out = torch.empty((rows, n), dtype=torch.int32, device=keys.device)
     if out.numel():
         grid = (triton.cdiv(triton.cdiv(n, 4), _BLOCK), rows)
         launch = _fill[grid]  # pyright: ignore[reportIndexIssue]
-        launch(keys.view(torch.int32), out, n, index, HAS_FOUR_WORDS=words == 4, WORDS=words, BLOCK=_BLOCK)
+        launch(keys.contiguous().view(torch.int32), out, n, index, HAS_FOUR_WORDS=words == 4, WORDS=words, BLOCK=_BLOCK)
     return out
