@@ -4,7 +4,7 @@ torch's generators want their seed from the host, which would wait for all work 
 from the key itself (`philox.py`), by an op that a replay can repeat, and distributions are made of them by torch's own
 ops, in torch's precision: 24 bits in float32, 53 in float64. Other numbers than torch's generators give.
 
-Distributions that are not here (gamma, Poisson, permutations, dropout inside fused attention) draw as on the CPU.
+Distributions that are not here (gamma, Poisson, permutations) draw as on the CPU.
 """
 
 import functools

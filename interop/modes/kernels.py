@@ -24,6 +24,8 @@ from .forward_ad import one_at_a_time, uses_forward_mode
 
 NONE: frozenset[str] = frozenset()
 MASKED = "masked attention"
+DROPPED = "attention with dropout"
+"""Fused, it would draw another mask than torch's plain kernel, by which its derivatives and batches are computed."""
 COMPILED = "compiled"
 SCRIPTED = "scripted"
 FORWARD_MODE = "forward mode"
@@ -46,8 +48,10 @@ def fused_kernels(op_name: str, arguments: Mapping[str, Any]) -> frozenset[str]:
         found |= {SCRIPTED, *(_scripted(kernel) for kernel in found)}
     if uses_forward_mode():
         found |= {FORWARD_MODE}
+    if "attention" in found and arguments.get("dropout_p"):
+        found |= {DROPPED}
     if "attention" in found and (arguments.get("attn_mask") is not None or arguments.get("is_causal")):
-        return found | {MASKED}
+        found |= {MASKED}
     return found
 
 
@@ -155,6 +159,8 @@ def chosen(
     """Around a call that uses `kernels`: in inference or for derivatives, some of them `plain`."""
     if FORWARD_MODE in kernels:  # the callable's own
         return _in_turn(chosen(kernels - {FORWARD_MODE}, inference=inference, plain=plain))
+    if DROPPED in kernels:
+        plain |= {"attention"}
     differentiable = "attention" in kernels and (MASKED in kernels or not inference)
     if plain:
         return _both(plain) if differentiable else plain_kernels(plain)

@@ -22,6 +22,8 @@ def test_bits_are_those_of_the_reference(words):
     keys = torch.from_numpy(np.random.default_rng(0).integers(0, 2**32, (3, words), dtype=np.uint32))
     for n, index in ((1, 0), (4, 1), (4099, 7)):
         assert torch.equal(kernel.bits(keys.cuda(), n, index).cpu(), philox(keys, n, index))
+    shared = keys[:1].expand(5, words)
+    assert torch.equal(kernel.bits(shared.cuda()[:1].expand(5, words), 4, 2).cpu(), philox(shared, 4, 2))
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
@@ -63,6 +65,40 @@ def test_each_example_has_its_own_numbers():
     batched = jax.jit(jax.vmap(lambda x, key: fn(x, key=key)))(xs, keys)
     for i in range(5):
         np.testing.assert_allclose(batched[i], fn(xs[i], key=keys[i]), rtol=1e-6)
+    shared = jax.vmap(lambda x: fn(x, key=keys[0]))(xs)
+    for i in range(5):
+        np.testing.assert_allclose(shared[i], fn(xs[i], key=keys[0]), rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:vmap of")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_attention_drops_the_same_weights_in_all_derivatives(dtype, is_causal):
+    """torch's fused kernels have no forward mode and draw other masks than the plain one."""
+    fn = torch_function(
+        lambda q, k, v: nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=0.5, is_causal=is_causal)
+    )
+    q, k, v, ct = (on_gpu(jnp.asarray(numbers(2, 2, 8, 16, seed=i), dtype)) for i in range(4))
+    key = jax.random.key(0)
+
+    def attend(v):  # linear in v
+        return fn(q, k, v, key=key)
+
+    tolerance = {"rtol": 1e-3, "atol": 1e-3} if dtype == jnp.float32 else {"rtol": 0.05, "atol": 0.05}
+    for f in (attend, jax.jit(attend)):
+        y = f(v)
+        np.testing.assert_allclose(*map(_float, (jax.jvp(f, (v,), (v,))[1], y)), **tolerance)
+        np.testing.assert_allclose(*map(_float, (jax.checkpoint(f)(v), y)), **tolerance)
+        (pulled,) = jax.vjp(f, v)[1](ct)
+        np.testing.assert_allclose(jnp.vdot(_float(pulled), _float(v)), jnp.vdot(_float(ct), _float(y)), rtol=0.03)
+    keys = jax.random.split(key, 3)
+    batched = jax.vmap(lambda key: fn(q, k, v, key=key))(keys)
+    for i in range(3):
+        np.testing.assert_allclose(*map(_float, (batched[i], fn(q, k, v, key=keys[i]))), **tolerance)
+
+
+def _float(x):
+    return x.astype(jnp.float32)
 
 
 def test_rare_distributions_and_fused_dropout_follow_from_the_key_as_well():
