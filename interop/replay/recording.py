@@ -10,7 +10,6 @@ idea is that of [make_fx](https://docs.pytorch.org/docs/stable/func.api.html) an
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +20,8 @@ from ..modes.aten import bound, reads_values, written
 from ..modes.dispatch import Mode
 from ..modes.guard import Exposure
 from ..modes.random import draws
-from ..values.memory import fills_storage, is_plain, memory_key, storage_of
+from ..values.memory import is_plain, memory_key, storage_of
+from .steps import Memory, Part, Slot, Step
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -29,76 +29,6 @@ _MOST_STEPS = 2000
 """How long a recording may be: code has to be compiled."""
 _MOST_BYTES = 2**29
 """How large its outputs may be, of which it holds copies."""
-NOTHING = object()
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A tensor of a recording, by its number."""
-
-    number: int
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Where a tensor lies."""
-
-    storage: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    n_bytes: int
-    is_filled: bool
-    """Whether the tensor, contiguous, is all that the storage holds."""
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor, storage: int) -> "Memory":
-        """That of a tensor, whose storage has this number."""
-        n_bytes = tensor.numel() * tensor.itemsize
-        is_filled = tensor.numel() > 0 and fills_storage(tensor)
-        return cls(storage, tensor.dtype, tuple(tensor.shape), n_bytes, is_filled)
-
-
-@dataclass
-class Step:
-    """One op: its arguments, with slots in the place of tensors, and the slots of what it returns."""
-
-    op: Any
-    args: Any
-    kwargs: Any
-    results: list[Slot | None]
-    """None for what is no new tensor."""
-    is_sequence: bool
-    writes: bool
-    checks: bool
-    """Whether it may refuse the values of its operands, so that it counts though nobody uses what it returns."""
-    grad_mode: bool
-    """Whether gradients are enabled: some ops ask."""
-    read: Any = NOTHING
-    """The value that it gave to Python: with another one, Python might go elsewhere."""
-
-    @property
-    def made(self) -> Slot | None:
-        """The one tensor it makes, if it does nothing else."""
-        return self.results[0] if self.results and not (self.is_sequence or self.writes) else None
-
-    def operands(self) -> set[int]:
-        """The slots it reads, or writes into."""
-        return {x.number for x in torch_pytree.tree_leaves((self.args, self.kwargs)) if isinstance(x, Slot)}
-
-    def slots(self) -> set[int]:
-        """The slots it has to do with."""
-        return self.operands() | {slot.number for slot in self.results if slot}
-
-
-@dataclass
-class Part:
-    """The ops of one run, or of the forward or backward half of one."""
-
-    inputs: list[Slot]
-    steps: list[Step] = field(default_factory=list)
-    outputs: list[Slot] = field(default_factory=list)
-    results: list[torch.Tensor] = field(default_factory=list)
-    """What the outputs were."""
 
 
 class Recorder(Mode):
@@ -159,6 +89,8 @@ class Recorder(Mode):
         self.failure = self.failure or "memory is handed out, past torch's dispatcher"
 
     def _op(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func in _SET and storage_of(args[0]) not in self._borrowed:
+            return self._set(func, args)
         arguments = bound(func, args, kwargs)
         op = _PLAIN.get(func, func)
         targets = list(written(func, arguments)) if op is func else []
@@ -181,6 +113,20 @@ class Recorder(Mode):
         self._note(op, given, output, writes=bool(targets))
         self._written |= {storage_of(x) for x in targets}
         return output
+
+    def _set(self, func: Any, args: Any) -> torch.Tensor:
+        """A tensor becomes a view of memory, as the weights of cuDNN's recurrent layers do: written down as a view."""
+        target = func(*args)
+        self._made_tensors = [x for x in self._made_tensors if x() is not target]
+        address = storage_of(target)
+        base = next((slot for key, slot in self._slots.items() if key[:2] == (address, target.dtype)), None)
+        if base is None:
+            self._slot(target)  # a constant, unless an op made it as something else
+        elif memory_key(target) not in self._slots:
+            view = (base, list(target.shape), list(target.stride()), target.storage_offset())
+            slot, grad_mode = self._new(target), torch.is_grad_enabled()
+            self.parts[-1].steps.append(Step(_VIEW, view, {}, [slot], False, False, False, grad_mode))
+        return target
 
     def _is_written_unseen(self, tensor: torch.Tensor | None) -> bool:
         if tensor is None or tensor.is_inference():
@@ -263,6 +209,7 @@ def _depends_on_values(op: Any, arguments: dict[str, Any]) -> bool:
 
 
 _aten = torch.ops.aten
+_SET, _VIEW = (_aten.set_.source_Storage, _aten.set_.source_Storage_storage_offset), _aten.as_strided.default
 _ASSERTIONS = {
     _aten._functional_assert_async.msg,
     _aten._functional_assert_scalar.default,

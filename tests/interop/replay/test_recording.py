@@ -450,6 +450,64 @@ def test_writes_count():
     assert torch.equal(result, function(T)[0])
 
 
+def over_memory(tensor, size):
+    """A view made as torch's C++ makes it of weights for cuDNN: an empty tensor that is set to their memory."""
+    with torch._C.DisableTorchFunction():
+        storage = tensor.untyped_storage()
+    whole = torch.empty(0).set_(storage)
+    return whole if whole.numel() == size else torch.empty(0).set_(storage, 0, (size,), (1,))
+
+
+def test_tensors_set_to_memory_are_views():
+    weights = torch.arange(7.0)
+
+    def function(x):
+        parts = torch.cat([x.reshape(-1), 2 * x[0]]).split([12, 3])
+        return over_memory(parts[1], 15).sin(), over_memory(weights[2:], 6).exp(), over_memory(x, 12).cos()
+
+    code = code_of(function, T)
+    for x in (T, T + 1):
+        weights += 1
+        results = torch.empty(15), torch.empty(6), torch.empty(12)
+        replayed(code, [x], *results)
+        for result, expected in zip(results, function(x), strict=True):
+            assert torch.equal(result, expected)
+
+
+def test_gradients_by_tensors_set_to_memory():
+    class Joined(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, a, b):
+            joined = over_memory(a, a.numel() + b.numel())
+            ctx.save_for_backward(x, joined)
+            ctx.size = a.numel()
+            return x * joined.sum() + joined.pow(2).sum()
+
+        @staticmethod
+        def backward(ctx, ct):
+            x, joined = ctx.saved_tensors
+            gradient = (ct * x).sum() + 2 * joined * ct.sum()
+            return ct * joined.sum(), gradient[: ctx.size], gradient[ctx.size :]
+
+    def by_joined(w, v, x):
+        sizes = [w.numel(), v.numel()]
+        return Joined.apply(x, *torch.cat([w.reshape(-1), v]).split(sizes))
+
+    def twin(w, v, x):
+        joined = jnp.concatenate([w.ravel(), v])
+        return x * joined.sum() + (joined**2).sum()
+
+    recorder = Recorder(by_joined)
+    ours, expected = (
+        jax.jit(jax.value_and_grad(lambda *xs, f=f: (f(*xs) ** 2).sum(), (0, 1, 2)))
+        for f in (torchleaf.torch_function(recorder), twin)
+    )
+    for run in range(RUNS):
+        xs = twins.normal((3, 2), (4,), (5,), seed=run)
+        close(ours(*xs), expected(*xs))
+    assert len(recorder.computed) < RUNS  # the others were replayed
+
+
 def test_results_are_written_where_they_belong():
     """No copy: the op has an `out` variant."""
     result = torch.empty(4, 3)

@@ -1,0 +1,80 @@
+"""What a recording consists of: ops on numbered tensors, and where those lie."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..internals import torch_pytree
+from ..values.memory import fills_storage
+
+NOTHING = object()
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor of a recording, by its number."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Where a tensor lies."""
+
+    storage: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    n_bytes: int
+    is_filled: bool
+    """Whether the tensor, contiguous, is all that the storage holds."""
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, storage: int) -> "Memory":
+        """That of a tensor, whose storage has this number."""
+        n_bytes = tensor.numel() * tensor.itemsize
+        is_filled = tensor.numel() > 0 and fills_storage(tensor)
+        return cls(storage, tensor.dtype, tuple(tensor.shape), n_bytes, is_filled)
+
+
+@dataclass
+class Step:
+    """One op: its arguments, with slots in the place of tensors, and the slots of what it returns."""
+
+    op: Any
+    args: Any
+    kwargs: Any
+    results: list[Slot | None]
+    """None for what is no new tensor."""
+    is_sequence: bool
+    writes: bool
+    checks: bool
+    """Whether it may refuse the values of its operands, so that it counts though nobody uses what it returns."""
+    grad_mode: bool
+    """Whether gradients are enabled: some ops ask."""
+    read: Any = NOTHING
+    """The value that it gave to Python: with another one, Python might go elsewhere."""
+
+    @property
+    def made(self) -> Slot | None:
+        """The one tensor it makes, if it does nothing else."""
+        return self.results[0] if self.results and not (self.is_sequence or self.writes) else None
+
+    def operands(self) -> set[int]:
+        """The slots it reads, or writes into."""
+        return {x.number for x in torch_pytree.tree_leaves((self.args, self.kwargs)) if isinstance(x, Slot)}
+
+    def slots(self) -> set[int]:
+        """The slots it has to do with."""
+        return self.operands() | {slot.number for slot in self.results if slot}
+
+
+@dataclass
+class Part:
+    """The ops of one run, or of the forward or backward half of one."""
+
+    inputs: list[Slot]
+    steps: list[Step] = field(default_factory=list)
+    outputs: list[Slot] = field(default_factory=list)
+    results: list[torch.Tensor] = field(default_factory=list)
+    """What the outputs were."""
