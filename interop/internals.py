@@ -140,6 +140,9 @@ ONEDNN: tuple[Callable[[], bool], Callable[[bool], None]] = (_C._get_mkldnn_enab
 CUDNN: tuple[Callable[[], bool], Callable[[bool], None]] = (_C._get_cudnn_enabled, _C._set_cudnn_enabled)
 """Whether a library is used, and what sets it: `torch.backends` refuses to where torch's test tools are imported."""
 
+NO_EVALUATION_BACKWARD = "cudnn RNN backward can only be called in training mode"
+"""What torch says where a recurrent layer in evaluation mode is differentiated with cuDNN."""
+
 VMAP_FALLBACK: tuple[Callable[[], bool], Callable[[bool], None]] = (
     _functorch._is_vmap_fallback_enabled,
     _functorch._set_vmap_fallback_enabled,
@@ -202,6 +205,11 @@ storage_address: Callable[[torch.Tensor], int] = getattr(_C, "_storage_address",
 def storage_holders(tensor: torch.Tensor) -> int:
     """How many hold a tensor's storage: a tensor of XLA's memory that stays behind is found by it."""
     return _C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+def copy_each(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy tensors into others, in as few kernels as may be."""
+    torch._foreach_copy_(targets, sources)
 
 
 def throw_on_writes(tensor: torch.Tensor) -> None:

@@ -18,7 +18,8 @@ from ..internals import SET_GRAD_ENABLED
 from ..values.memory import memory_key
 from ..values.statics import static_key
 from .cuda_graphs import MOST_BYTES, Captured
-from .recording import NOTHING, Part, Recorder, Slot, Step
+from .recording import Recorder
+from .steps import NOTHING, Part, Slot, Step
 
 Replay = Callable[..., list[torch.Tensor]]
 """Takes a list of what the part before keeps for it, which it empties, its inputs, and tensors into which it writes its
@@ -62,6 +63,7 @@ class Code:
         used = {n for step in steps for n in step.operands()} | {n for _, n in self._copied} | {*kept}
         made = {slot.number for step in steps for slot in step.results if slot}
         inputs = [slot.number for slot in part.inputs]
+        self._n_inputs = len(inputs)
         outside = sorted(used - made - {*inputs})
         self.given = [n for n in outside if n not in recorder.constants]
         """The slots it needs of the part before."""
@@ -83,7 +85,7 @@ class Code:
         scope: dict[str, Any] = {**self.values}
         exec(self.source, scope)
         run = scope["run"]
-        return Captured(run) if self._is_on_gpu and self._made_bytes <= MOST_BYTES else run
+        return Captured(run, self._n_inputs) if self._is_on_gpu and self._made_bytes <= MOST_BYTES else run
 
     def _keys(self) -> dict[str, Any]:
         return {name: _key(value) for name, value in self.values.items()}

@@ -1,12 +1,13 @@
 """Replays as CUDA graphs: launched once addresses repeat, never while what they keep is in use."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from on_gpu import full_precision, numbers, on_gpu
-from torchleaf import torch_function
+from torchleaf import TorchModule, to_torch, torch_function
 from torchleaf.interop.replay import cuda_graphs
 
 pytestmark = pytest.mark.gpu
@@ -23,7 +24,7 @@ def launches(monkeypatch):
     """Launches of captured graphs."""
     launches = []
     launch = cuda_graphs._Graph.launch
-    monkeypatch.setattr(cuda_graphs._Graph, "launch", lambda self: (launches.append(self), launch(self))[1])
+    monkeypatch.setattr(cuda_graphs._Graph, "launch", lambda self, xs: (launches.append(self), launch(self, xs))[1])
     return launches
 
 
@@ -82,7 +83,7 @@ def test_what_a_graph_keeps_is_not_overwritten_before_its_backward_half():
 
 
 def test_kept_memory_is_free_again_when_it_is_dropped():
-    graph = cuda_graphs._Graph(torch.cuda.CUDAGraph(), [torch.zeros(1)])
+    graph = cuda_graphs._Graph(torch.cuda.CUDAGraph(), [torch.zeros(1)], {}, 0)
     assert graph.take()
     kept = cuda_graphs._Kept([torch.zeros(1)], graph)
     assert not graph.take()
@@ -124,3 +125,34 @@ def test_dropout_is_captured_with_its_key(launches):
         masks.add(tuple(found == 0))
     assert launches
     assert len(masks) == 10
+
+
+def test_where_addresses_never_come_again_one_graph_serves_all(launches):
+    fn = torch_function(layer)
+    forward, expected = jax.jit(fn), jax.jit(twin)
+    gradient, expected_gradient = (jax.jit(jax.grad(lambda w, x, f=f: jnp.sum(f(w, x) ** 2))) for f in (fn, twin))
+    w, kept = on_gpu(numbers(16, 16)), []
+    for run in range(40):
+        x = on_gpu(numbers(4, 16, seed=run))
+        kept += [x, forward(w, x), gradient(w, x)]  # so that their memory is not used again
+        np.testing.assert_allclose(kept[-2], expected(w, x), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(kept[-1], expected_gradient(w, x), rtol=2e-3, atol=2e-3)
+    assert len(launches) >= 3 * 20
+
+
+@pytest.mark.parametrize("cls", [torch.nn.LSTM, torch.nn.GRU])
+def test_recurrent_layers_are_launched(cls, launches):
+    module = cls(16, 16, num_layers=2, batch_first=True).cuda()
+    model, x = TorchModule(module), on_gpu(numbers(4, 6, 16))
+    forward = eqx.filter_jit(lambda model, x: model(x)[0])
+    gradient = eqx.filter_jit(eqx.filter_grad(lambda model, x: jnp.sum(model(x)[0] ** 2)))
+    for run in range(8):
+        now = x * (run + 1) / 8
+        expected = module(to_torch(now))[0]
+        np.testing.assert_allclose(forward(model, now), expected.detach().cpu(), rtol=1e-3, atol=1e-5)
+        module.zero_grad()
+        (expected**2).sum().backward()
+        found = gradient(model, now).params
+        for name, parameter in module.named_parameters():
+            np.testing.assert_allclose(found[name], parameter.grad.cpu(), rtol=1e-3, atol=1e-3)
+    assert len(launches) >= 6
