@@ -85,6 +85,8 @@ class Base(TorchCall):
         self.forward_mode, self.vmap_method, self.residuals = forward_mode, vmap_method, residuals
         self.wants_replay = replay
         self.warned = False  # about falling back to a loop
+        self.lacking: frozenset[str] = frozenset()
+        """The fused kernels that turned out to have no derivatives in this call."""
 
     def compute(self, plan: Plan, *tensors: torch.Tensor) -> Tensors:
         return self.run(*tensors)

@@ -21,6 +21,7 @@ import jax
 import torch
 
 from ..errors import quote
+from ..internals import NO_EVALUATION_BACKWARD
 from ..modes import ambient
 from ..modes.kernels import FUSED, NONE, chosen, lacking_derivatives, refuse_scripted
 from ..replay.repeated import LARGE, Repeated
@@ -122,7 +123,7 @@ class TorchCall:
     @property
     def plain_kernels(self) -> frozenset[str]:
         """The fused kernels that the call has to do without, since it asks torch for rules that they lack."""
-        lacking = FUSED if self.choice.plan.core > 0 else NONE
+        lacking = FUSED if self.choice.plan.core > 0 else self.base.lacking if self.derivatives else NONE
         return self.base.fused_kernels & (lacking | self._lacking_derivatives)
 
     @cached_property
@@ -266,7 +267,14 @@ def execute(call: TorchCall, *tensors: torch.Tensor, repeats: bool) -> Tensors:
     with ambient.neutral(), torch.no_grad(), lends:
         if not kernels:
             return run(*tensors)
-        with chosen(kernels, inference=call is call.base, plain=call.plain_kernels):
+        try:
+            with chosen(kernels, inference=call is call.base, plain=call.plain_kernels):
+                return run(*tensors)
+        except RuntimeError as exc:
+            if NO_EVALUATION_BACKWARD not in str(exc) or "recurrent" in call.plain_kernels:
+                raise
+            call.base.lacking = frozenset({"recurrent"})
+        with chosen(kernels, inference=False, plain=call.plain_kernels):
             return run(*tensors)
 
 

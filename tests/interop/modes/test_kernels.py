@@ -6,9 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 import torch
 from compare import assert_trees_close
-from torchleaf import TorchModule, torch_function
+from torchleaf import TorchModule, to_jax, to_torch, torch_function
 from torchleaf.interop import internals
 from torchleaf.interop.calls.own_functions import applications
 from torchleaf.interop.modes import trial
@@ -56,3 +58,40 @@ def test_switches_are_on_again_after_threads_that_overlapped():
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run, (True, False)))
     assert switches() == before
+
+
+class OnlyInTraining(torch.autograd.Function):
+    """Has no gradient where cuDNN is enabled, as cuDNN's recurrent layers have none in evaluation mode."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, ct):
+        if torch._C._get_cudnn_enabled():
+            raise RuntimeError("cudnn RNN backward can only be called in training mode")
+        return ct
+
+
+@pytest.mark.parametrize("residuals", ["live", "recompute"])
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_recurrent_layers_in_evaluation_mode_have_gradients(jit, residuals):
+    layer = torch.nn.LSTM(3, 2).eval()
+
+    def run(x, *weights):
+        zeros = torch.zeros(1, 4, 2)
+        y, *_ = torch.lstm(x, (zeros, zeros), weights, True, 1, 0.0, False, False, False)
+        return OnlyInTraining.apply(y)
+
+    fn, ws = torch_function(run, residuals=residuals), [to_jax(w) for w in layer.parameters()]
+    x = jnp.linspace(-1, 1, 5 * 4 * 3).reshape(5, 4, 3)
+    gradient = jax.grad(lambda x, *ws: jnp.sum(fn(x, *ws) ** 2), argnums=(0, 1))
+    gradient = jax.jit(gradient) if jit else gradient
+    for shift in range(4):
+        leaf = to_torch(x + shift).requires_grad_()
+        (layer(leaf)[0] ** 2).sum().backward()
+        found = gradient(x + shift, *ws)
+        np.testing.assert_allclose(found[0], leaf.grad, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found[1], layer.weight_ih_l0.grad, rtol=1e-4, atol=1e-5)
+        layer.zero_grad()
