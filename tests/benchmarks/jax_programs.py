@@ -22,11 +22,12 @@ Hessian = Callable[[Callable[..., Any]], Callable[..., Any]]
 jax.devices()  # start the backend: its memory is no contender's
 
 
-def step(case: Case, task: Task, wrap: Wrap, hessian: Hessian = jax.hessian) -> Step:
-    """`hessian` is the contender's way to second derivatives, where `jax.hessian` is not."""
+def step(case: Case, task: Task, wrap: Wrap, hessian: Hessian = jax.hessian, params: Params | None = None) -> Step:
+    """`hessian` is the contender's way to second derivatives, where `jax.hessian` is not; `params` are the contender's
+    own, where it has some."""
     inputs, target = case.data()
     function = jax.jit(_program(case, task, wrap(case, case.module()), hessian))
-    args = (_params(case), *map(place.array, (target, *inputs)))
+    args = (params or _params(case), *map(place.array, (target, *inputs)))
     return Step(
         lambda: function(*args),
         jax.block_until_ready,

@@ -5,6 +5,7 @@ It defines reverse mode up to second order, so the Hessian is taken in reverse o
 
 import jax
 import jax_programs
+import place
 import torch
 from cases import Case, Task
 from steps import Step
@@ -18,11 +19,13 @@ def build(case: Case, task: Task) -> Step:
 
 
 def _wrap(case: Case, module: torch.nn.Module) -> jax_programs.Apply:
+    module = place.module(module)
+
     def call(params: dict[str, torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
         return torch.func.functional_call(module, params, inputs)
 
     params = {name: p.detach() for name, p in module.named_parameters()}
-    example = [torch.from_numpy(x) for x in case.call_inputs()]
+    example = [place.tensor(x) for x in case.call_inputs()]
     positions = range(len(example))
     constant = [1 + i for i in positions if i not in case.active_inputs]
     return torch2jax(call, params, *example, nondiff_argnums=constant)
