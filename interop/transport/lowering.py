@@ -95,7 +95,16 @@ def _run_on_cuda(number: int, stream: int, *buffers: torch.Tensor) -> None:
 
 @functools.cache
 def _stream(stream: int, device: torch.device) -> torch.cuda.ExternalStream:
+    _wake_autograd(device)
     return torch.cuda.ExternalStream(stream, device=device)
+
+
+@functools.cache
+def _wake_autograd(device: torch.device) -> None:
+    """Let the thread on which torch goes backward meet its device: cuBLAS, where it comes first, warns of that."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.zeros((), device=device, requires_grad=True)
+        torch.autograd.grad(x.exp(), x)
 
 
 @Once

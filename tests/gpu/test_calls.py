@@ -74,18 +74,18 @@ def test_torch_reads_xla_buffers_on_xla_stream_and_device():
 
 def test_calls_are_ordered_with_the_ops_around_them():
     """Slow producers and consumers on XLA's stream: a call on another one would read or write too early."""
-    fn = torch_function(lambda x: x.sin() @ x.cos())
+    fn = torch_function(lambda x: x.sin() @ x.cos() / 32)
 
-    def program(f, x):
+    def program(f, x):  # no step magnifies rounding errors
         for _ in range(5):
-            x = jnp.tanh(f(x @ x / 30)) @ x / 30
+            x = jnp.tanh(f(x @ x / 32)) @ x / 32 + x / 2
         return x
 
     x = on_gpu(numbers(1024, 1024))
     in_torch = jax.jit(lambda x: program(fn, x))
-    expected = jax.jit(lambda x: program(lambda y: jnp.sin(y) @ jnp.cos(y), x))(x)
+    expected = jax.jit(lambda x: program(lambda y: jnp.sin(y) @ jnp.cos(y) / 32, x))(x)
     for _ in range(10):
-        np.testing.assert_allclose(in_torch(x), expected, rtol=1e-2, atol=1e-3)
+        np.testing.assert_allclose(in_torch(x), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_dispatch_does_not_wait():
@@ -119,7 +119,8 @@ def test_training_step_does_not_synchronise():
         grads = eqx.filter_grad(lambda m: (jax.vmap(m)(xs) ** 2).mean())(model)
         return eqx.apply_updates(model, jax.tree.map(lambda g: -0.1 * g, grads))
 
-    stepped = jax.block_until_ready(step(model))
+    for _ in range(4):  # the first runs are looked at
+        stepped = jax.block_until_ready(step(model))
     with synchronising_is_an_error():
         for _ in range(3):
             model = step(model)

@@ -117,7 +117,7 @@ def test_training_does_not_synchronise_and_keeps_memory_flat(uses):
         return optax.apply_updates(params, updates), state, opt_state, key, value
 
     key, losses = on_gpu(jax.random.key(0)), []
-    for _ in range(5):
+    for _ in range(20):  # recordings, proofs, captures
         params, state, opt_state, key, value = step(params, state, opt_state, key)
         losses.append(value)
     jax.block_until_ready(params)
@@ -132,7 +132,7 @@ def test_training_does_not_synchronise_and_keeps_memory_flat(uses):
     assert after[0] <= before[0] + 2**20
     assert after[1] <= before[1] + 2**20
     assert after[2] == before[2]
-    assert len(uses) == 1005
+    assert len(uses) == 1020
     assert float(losses[-1]) < 0.6 * float(losses[0])
 
 

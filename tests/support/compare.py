@@ -79,7 +79,7 @@ def torch_gradients(loss: Callable[..., torch.Tensor], *args: Any) -> Any:
     conjugated: torch's convention is the conjugate of JAX's.
     """
     leaves, treedef = jax.tree.flatten(args)
-    tensors = [torch.from_numpy(np.array(leaf)).requires_grad_() for leaf in leaves]
+    tensors = [torch.from_numpy(np.array(leaf)).to(torch.get_default_device()).requires_grad_() for leaf in leaves]
     loss(*jax.tree.unflatten(treedef, tensors)).backward()
     grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in tensors]
     return jax.tree.unflatten(treedef, [_array(g.conj()) for g in grads])

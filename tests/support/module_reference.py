@@ -25,7 +25,7 @@ def weighted_sum(output: Any) -> jax.Array:
 def torch_weighted_sum(output: Any) -> torch.Tensor:
     """`weighted_sum` in torch."""
     leaves = [y.reshape(-1) for y in jax.tree.leaves(output) if _is_inexact(y)]
-    ramps = [torch.tensor(_ramp(y.numel()).tolist(), dtype=y.dtype) for y in leaves]
+    ramps = [torch.tensor(_ramp(y.numel()).tolist(), dtype=y.dtype, device=y.device) for y in leaves]
     return sum((torch.dot(ramp, y).real.float() for ramp, y in zip(ramps, leaves, strict=True)), torch.zeros(()))
 
 

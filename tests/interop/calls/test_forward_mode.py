@@ -208,7 +208,8 @@ def test_recurrent_modules(cls, monkeypatch):
         lambda ps, ts: (jax.jvp(loss, (ps,), (ts,)), jax.jvp(jax.grad(loss), (ps,), (ts,)))
     )(model.params, tangents)
 
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # has no double backward
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # have no double backward
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
     names, weights = zip(*module.named_parameters(), strict=True)
     expected = module(torchleaf.to_torch(x))[0].square().sum()
     first = torch.autograd.grad(expected, weights, create_graph=True)

@@ -139,7 +139,9 @@ def test_threads_draw_while_torch_draws():
 
 def test_ops_of_ones_own_that_say_they_are_random(x):
     """Custom ops draw from torch's generator alone; the tag tells torchleaf."""
-    define = torch.library.custom_op("torchleaf_tests::noise", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
+    define = torch.library.custom_op(
+        "torchleaf_tests::noise", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
+    )
     noise = define(_noise)
     noise.register_fake(torch.empty_like)
     function, state = torchleaf.torch_function(noise), torch.get_rng_state()
