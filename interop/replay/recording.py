@@ -125,7 +125,7 @@ class Recorder(Mode):
         elif memory_key(target) not in self._slots:
             view = (base, list(target.shape), list(target.stride()), target.storage_offset())
             slot, grad_mode = self._new(target), torch.is_grad_enabled()
-            self.parts[-1].steps.append(Step(_VIEW, view, {}, [slot], False, False, False, grad_mode))
+            self.parts[-1].steps.append(Step(_VIEW, view, {}, [slot], _ONE, False, False, grad_mode))
         return target
 
     def _is_written_unseen(self, tensor: torch.Tensor | None) -> bool:
@@ -147,17 +147,17 @@ class Recorder(Mode):
         return None
 
     def _note_value(self, function: Any, given: tuple[Any, Any], value: Any) -> None:
-        step = Step(function, *given, [], False, False, True, torch.is_grad_enabled(), value)
+        step = Step(function, *given, [], None, False, True, torch.is_grad_enabled(), value)
         self.parts[-1].steps.append(step)
 
     def _note(self, op: Any, given: tuple[Any, Any], output: Any, *, writes: bool) -> None:
         if op in _OF_GEOMETRY:
             return
-        is_sequence = isinstance(output, list | tuple)
-        outs = list(output) if is_sequence else [output]
-        if not all(out is None or (isinstance(out, torch.Tensor) and not _unlike_memory(out)) for out in outs):
+        outs, structure = torch_pytree.tree_flatten(output)
+        if not all(map(_may_be_returned, outs)):
             self.failure = f"{op} returns what is no tensor of plain memory"
             return
+        outs = [out if isinstance(out, torch.Tensor) else None for out in outs]
         new = [out for out in outs if out is not None and storage_of(out) not in self._known]
         self._made |= {storage_of(out) for out in new}
         self._made_tensors += map(weakref.ref, new)
@@ -166,7 +166,7 @@ class Recorder(Mode):
             self.failure = "there are too many ops"
         elif writes or any(results) or checks(op):
             grad_mode = torch.is_grad_enabled()
-            self.parts[-1].steps.append(Step(op, *given, results, is_sequence, writes, checks(op), grad_mode))
+            self.parts[-1].steps.append(Step(op, *given, results, structure, writes, checks(op), grad_mode))
 
     def _slot(self, tensor: torch.Tensor) -> Slot:
         """The slot of a tensor; a constant gets one when it is first met."""
@@ -210,6 +210,7 @@ def _depends_on_values(op: Any, arguments: dict[str, Any]) -> bool:
 
 _aten = torch.ops.aten
 _SET, _VIEW = (_aten.set_.source_Storage, _aten.set_.source_Storage_storage_offset), _aten.as_strided.default
+_ONE = torch_pytree.tree_structure(0)
 _ASSERTIONS = {
     _aten._functional_assert_async.msg,
     _aten._functional_assert_scalar.default,
@@ -231,6 +232,11 @@ _PLAIN = {  # ops whose effect is more than memory, and those that do as much wi
     _aten.transpose_.default: _aten.transpose.int,
     _aten.unsqueeze_.default: _aten.unsqueeze.default,
 }
+
+
+def _may_be_returned(value: Any) -> bool:
+    """Nothing, a tensor of plain memory, or a number that follows from shapes, as the longest row of a batch."""
+    return not _unlike_memory(value) if isinstance(value, torch.Tensor) else value is None or isinstance(value, int)
 
 
 def _unlike_memory(tensor: torch.Tensor) -> bool:

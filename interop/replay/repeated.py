@@ -25,6 +25,8 @@ SMALL = 1e9
 """Floating-point operations of a call in which what is not torch's ops weighs much."""
 LARGE = 1e11
 """Floating-point operations up to which a call is recorded; the proof takes one run more."""
+LARGE_ON_GPU = 1e12
+"""The same on a GPU, which does them in the time of a hundred launches."""
 
 _OTHERS = 8
 """How many recordings, and replays, may differ by the values that Python reads."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..internals import SET_GRAD_ENABLED
+from ..internals import SET_GRAD_ENABLED, torch_pytree
 from ..values.memory import memory_key
 from ..values.statics import static_key
 from .cuda_graphs import MOST_BYTES, Captured
@@ -157,8 +157,9 @@ class Code:
         if step.made and step.made.number in self._direct:
             op = OUT_VARIANTS[op]
             given.append(f"{op._schema.arguments[-1].name}={self._result(step.made.number)}")
-        results = "".join((self._show(slot) if slot else "_") + ", " for slot in step.results)
-        return f"{results if step.is_sequence else results[:-2]} = {self._global(op._op)}({', '.join(given)})"
+        results = [self._show(slot) if slot else "_" for slot in step.results]
+        target = _target(torch_pytree.tree_unflatten(results, step.structure))
+        return f"{target} = {self._global(op._op)}({', '.join(given)})"
 
     def _check(self, step: Step) -> str:
         """What goes on only where a value is the one that was read."""
@@ -185,6 +186,11 @@ class Code:
         name = f"v{len(self.values)}"
         self.values[name] = value
         return name
+
+
+def _target(names: Any) -> str:
+    """What an op's results are assigned to."""
+    return names if isinstance(names, str) else f"[{', '.join(map(_target, names))}]"
 
 
 def _key(value: Any) -> Any:

@@ -39,14 +39,17 @@ class Memory:
 
 @dataclass
 class Step:
-    """One op: its arguments, with slots in the place of tensors, and the slots of what it returns."""
+    """One op: its arguments, with slots in the place of tensors, and the slots of what it returns.
+
+    `results` are the leaves of that, `structure` is the tree: some ops return lists in tuples.
+    """
 
     op: Any
     args: Any
     kwargs: Any
     results: list[Slot | None]
     """None for what is no new tensor."""
-    is_sequence: bool
+    structure: Any
     writes: bool
     checks: bool
     """Whether it may refuse the values of its operands, so that it counts though nobody uses what it returns."""
@@ -58,7 +61,8 @@ class Step:
     @property
     def made(self) -> Slot | None:
         """The one tensor it makes, if it does nothing else."""
-        return self.results[0] if self.results and not (self.is_sequence or self.writes) else None
+        is_one = self.structure is not None and self.structure.is_leaf()
+        return self.results[0] if is_one and not self.writes else None
 
     def operands(self) -> set[int]:
         """The slots it reads, or writes into."""

@@ -450,6 +450,29 @@ def test_writes_count():
     assert torch.equal(result, function(T)[0])
 
 
+@pytest.fixture
+def nested_op():
+    """An op with nested results and a number, as those of cuDNN's recurrent layers and of flash attention have."""
+    library = torch.library.Library("torchleaf_nested", "FRAGMENT")
+    library.define("parts(Tensor x, int n) -> (Tensor, Tensor[], SymInt, Tensor)")
+    library.impl("parts", lambda x, n: (x.sin(), [x * i for i in range(n)], x.shape[0], x.new_empty(0)), "CPU")
+    yield torch.ops.torchleaf_nested.parts
+    library._destroy()
+
+
+def test_nested_results(nested_op):
+    def function(x):
+        first, (second, third), n, _ = nested_op(x, 2)
+        return first + n * third, second
+
+    code = code_of(function, T)
+    for x in (T, T + 1):
+        results = torch.empty(4, 3), torch.empty(4, 3)
+        assert replayed(code, [x], *results)["parts"] == 1
+        for result, expected in zip(results, function(x), strict=True):
+            assert torch.equal(result, expected)
+
+
 def over_memory(tensor, size):
     """A view made as torch's C++ makes it of weights for cuDNN: an empty tensor that is set to their memory."""
     with torch._C.DisableTorchFunction():
