@@ -24,7 +24,7 @@ from ..errors import quote
 from ..internals import NO_EVALUATION_BACKWARD
 from ..modes import ambient
 from ..modes.kernels import FUSED, NONE, chosen, lacking_derivatives, refuse_scripted
-from ..replay.repeated import LARGE, Repeated
+from ..replay.repeated import LARGE, LARGE_ON_GPU, Repeated
 from ..values.dtypes import is_inexact
 from . import scope
 from .choice import Choice
@@ -167,7 +167,8 @@ class TorchCall:
     @cached_property
     def is_repeatable(self) -> bool:
         """Whether it may be recorded."""
-        return self.operations <= LARGE and self.recordable
+        large = LARGE_ON_GPU if self.base.device.type == "cuda" else LARGE
+        return self.operations <= large and self.recordable
 
     @property
     def recordable(self) -> bool:
