@@ -99,6 +99,7 @@ BAD = {
     "callback on windows": (dataclasses.replace(CALLBACK, has_wheel=False), "note", ["copies", "no wheel"]),
     "tpu": (dataclasses.replace(GOOD["transport"], shared=False, backend="tpu"), "problem", ["tpu", "cpu, cuda only"]),
     "copies": (Views({"to_jax on cpu": True, "to_torch on cuda": False}), "problem", ["to_torch on cuda: copies"]),
+    "kinds of memory": (Views({"to_jax on cuda": True}, are_two_kinds=True), "note", ["copied when", "PYTORCH_CUDA"]),
     "wrong value": (Call(0.5, 0.0), "broken", ["the value is 0.5 off"]),
     "wrong gradient": (Call(0.0, float("nan")), "broken", ["the gradient is nan off"]),
 }

@@ -12,6 +12,7 @@ import torch
 from ..function import torch_function
 from ..transport.lowering import _registered_platforms
 from ..values.arrays import to_jax, to_torch
+from ..values.gpu_memory import is_as_xlas
 from .report import Check, Finding, quoted
 
 _TOLERANCE = 1e-2  # relative; TF32, where it is switched on, has three digits
@@ -71,28 +72,36 @@ def _shares_operand() -> bool:
 
 @dataclass(frozen=True)
 class Views(Check):
-    """Conversions of which the memory was compared, such as `to_jax on cpu`, and whether it was shared."""
+    """Conversions of which the memory was compared, such as `to_jax on cpu`, and whether it was shared; and whether
+    torch's memory on the GPU is of another kind than XLA's."""
 
     shared: dict[str, bool]
+    are_two_kinds: bool = False
 
     @classmethod
     def gather(cls) -> "Views":
         jax.default_backend()  # fails where JAX does not start
-        shared = {}
+        shared, are_two_kinds = {}, False
         for device, backend in (("cpu", "cpu"), ("cuda", "gpu")):
             if (device == "cpu" or torch.cuda.is_available()) and _has_backend(backend):
                 tensor = torch.zeros(64, device=device)
                 array = to_jax(tensor)
                 shared[f"to_jax on {device}"] = array.unsafe_buffer_pointer() == tensor.data_ptr()
                 shared[f"to_torch on {device}"] = to_torch(array).data_ptr() == array.unsafe_buffer_pointer()
-        return cls(shared)
+                are_two_kinds |= device == "cuda" and not is_as_xlas(array)
+        return cls(shared, are_two_kinds)
 
     def findings(self) -> list[Finding]:
         copied = [name for name, shared in self.shared.items() if not shared]
         if copied:
             remedy = "Results are right; writes to one side do not show on the other, and each conversion takes memory."
             return [Finding("shared memory", f"{', '.join(copied)}: copies", "problem", remedy)]
-        return [Finding("shared memory", ", ".join(self.shared) or "no device that both frameworks have")]
+        found = [Finding("shared memory", ", ".join(self.shared) or "no device that both frameworks have")]
+        if self.are_two_kinds:
+            remedy = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, set before torch uses it, makes them views."
+            value = "torch's is of another kind than XLA's: weights on the GPU are copied when they are wrapped"
+            found.append(Finding("kinds of memory", value, "note", remedy))
+        return found
 
 
 def _has_backend(name: str) -> bool:

@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 
 from ..internals import FakeTensor
 from . import dtypes
+from .gpu_memory import is_as_xlas
 from .trees import flatten_registering
 
 
@@ -81,17 +82,20 @@ def leaves_to_jax(tensors: Mapping[str, torch.Tensor], *, copy: bool = False) ->
     """`to_jax` of the tensors of a model, by name, as an initialiser's arrays are.
 
     DLPack commits an array to the tensor's device. Wherever that does not cost the sharing of memory, these are not:
-    on JAX's default device, and free to follow what they are computed with.
+    on JAX's default device, and free to follow what they are computed with. On a GPU memory is shared if it is of the
+    kind of XLA's (`gpu_memory.py`).
     """
     dense = {name: _as_jax_has_it(tensor, copy=copy, name=name) for name, tensor in tensors.items()}
     on_cpu = {name: tensor for name, tensor in dense.items() if tensor.is_cpu}
     with jax.ensure_compile_time_eval():
         arrays = jax.device_put({name: _as_numpy(tensor) for name, tensor in on_cpu.items()})
-    for name, tensor in dense.items():
-        shares = name in on_cpu and (not tensor.numel() or _shares(arrays[name], tensor))
-        if name not in on_cpu or not (shares or jax.default_backend() != "cpu"):
-            view = jax.dlpack.from_dlpack(tensor)
-            arrays[name] = view if name not in on_cpu or _shares(view, tensor) else arrays[name]
+        for name, tensor in dense.items():
+            shares = name in on_cpu and (not tensor.numel() or _shares(arrays[name], tensor))
+            if name not in on_cpu or not (shares or jax.default_backend() != "cpu"):
+                view = jax.dlpack.from_dlpack(tensor)
+                if tensor.is_cuda and not is_as_xlas(view):
+                    view = jax.device_put(view, may_alias=False)
+                arrays[name] = view if name not in on_cpu or _shares(view, tensor) else arrays[name]
     return {name: arrays[name] for name in dense}
 
 

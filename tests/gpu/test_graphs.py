@@ -146,8 +146,8 @@ def test_recurrent_layers_are_launched(cls, launches):
     model, x = TorchModule(module), on_gpu(numbers(4, 6, 16))
     forward = eqx.filter_jit(lambda model, x: model(x)[0])
     gradient = eqx.filter_jit(eqx.filter_grad(lambda model, x: jnp.sum(model(x)[0] ** 2)))
-    for run in range(8):
-        now = x * (run + 1) / 8
+    for run in range(24):  # the last ones are launched, whatever addresses XLA gives
+        now = x * (run + 1) / 24
         expected = module(to_torch(now))[0]
         np.testing.assert_allclose(forward(model, now), expected.detach().cpu(), rtol=1e-3, atol=1e-5)
         module.zero_grad()
@@ -155,4 +155,4 @@ def test_recurrent_layers_are_launched(cls, launches):
         found = gradient(model, now).params
         for name, parameter in module.named_parameters():
             np.testing.assert_allclose(found[name], parameter.grad.cpu(), rtol=1e-3, atol=1e-3)
-    assert len(launches) >= 6
+    assert len(launches) >= 3 * 8

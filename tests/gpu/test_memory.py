@@ -68,7 +68,7 @@ print("right")
         {"XLA_FLAGS": "--xla_gpu_enable_command_buffer="},
         {"XLA_PYTHON_CLIENT_PREALLOCATE": "true", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.2"},
         {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"},
-        {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+        {"PYTORCH_CUDA_ALLOC_CONF": ""},
         {"CUDA_LAUNCH_BLOCKING": "1"},
         {"JAX_PLATFORMS": "cpu"},
     ],
@@ -80,3 +80,40 @@ def test_settings(environment):
         [sys.executable, "-c", _PROGRAM], env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
     assert done.stdout.strip() == "right", done.stderr[-2000:]
+
+
+_LOOP = """
+import sys
+import jax, jax.numpy as jnp, numpy as np, torch, torchleaf
+torch.manual_seed(0)
+module = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Tanh(), torch.nn.Linear(32, 32)).cuda()
+model = torchleaf.TorchModule(module)
+weights = {n: np.asarray(p.detach().cpu()) for n, p in module.named_parameters()}
+is_view = all(model.params[n].unsafe_buffer_pointer() == p.data_ptr() for n, p in module.named_parameters())
+
+@jax.jit
+def epoch(params):
+    def step(carry, _):
+        total = sum(jnp.sum(p) for p in carry.values())
+        return {n: p * 0.9 + 1e-3 * jnp.tanh(total) for n, p in carry.items()}, total
+    after, totals = jax.lax.scan(step, params, None, length=3)
+    return after, totals, {n: jnp.copy(p) for n, p in params.items()}
+
+params, expected = model.params, weights
+with jax.default_device(jax.devices("cpu")[0]):
+    expected_of = jax.jit(lambda p: epoch.__wrapped__(p))
+for _ in range(5):
+    params, totals, _ = epoch(params)
+    expected, *_ = jax.device_get(expected_of(jax.device_put(expected, jax.devices("cpu")[0])))
+for name, p in params.items():
+    np.testing.assert_allclose(p, expected[name], rtol=1e-4, atol=1e-5)
+print("views" if is_view else "copies")
+"""
+
+
+@pytest.mark.parametrize(("setting", "leaves"), [("", "copies"), ("expandable_segments:True", "views")])
+def test_weights_are_of_xlas_kind_of_memory(setting, leaves):
+    """A captured copy cannot go from torch's memory to XLA's, where they are of two kinds."""
+    environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": setting}
+    done = subprocess.run([sys.executable, "-c", _LOOP], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == leaves, done.stderr[-2000:]
