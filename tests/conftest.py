@@ -41,7 +41,7 @@ def _left_out(items):
     """The cases of large tests that a run does without: always the same ones, of all frameworks, ops and layers."""
     tests = collections.defaultdict(list)
     for item in items:
-        if "slow" not in item.keywords:
+        if "slow" not in item.keywords and "all_cases" not in item.keywords:
             tests[item.nodeid.partition("[")[0]].append(item)
     for cases in tests.values():
         yield from sorted(cases, key=lambda item: zlib.crc32(item.nodeid.encode()))[MOST_CASES:]

@@ -28,6 +28,7 @@ WITHOUT_CODE = ("api.md", "changelog.md", "contributing.md")
 PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if p.name not in WITHOUT_CODE)]
 
 
+@pytest.mark.all_cases
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_page(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -68,6 +69,7 @@ def docstrings_with_code() -> dict[str, str]:
     return found
 
 
+@pytest.mark.all_cases
 @pytest.mark.parametrize("name", sorted(docstrings_with_code().keys() | SETUP.keys()))
 def test_docstring(name):
     namespace: dict[str, object] = {}
