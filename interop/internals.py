@@ -209,7 +209,7 @@ def storage_holders(tensor: torch.Tensor) -> int:
 
 def copy_each(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
     """Copy tensors into others, in as few kernels as may be."""
-    torch._foreach_copy_(targets, sources)
+    torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def throw_on_writes(tensor: torch.Tensor) -> None:

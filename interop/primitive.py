@@ -100,7 +100,7 @@ mlir.register_lowering(eager_call_p, _of_reference(functools.partial(lowering.lo
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: TorchCall) -> tuple[list[Any], list[Any]]:
     active = tuple(i for i, t in enumerate(tangents) if type(t) is not ad.Zero)
-    if not call.base.forward_mode:
+    if not call.base.options.forward_mode:
         return _reverse_only(call, active, primals, tangents)
     given = [tangents[i] for i in active]
     if call.inexact_outs and _keeps_graph(call) and _maybe_linearizing(given):
@@ -117,7 +117,7 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: TorchCall) ->
 
 
 def _keeps_graph(call: TorchCall) -> bool:
-    return call.base.residuals == "live" and not call.differentiated and call.graphless() is None
+    return call.base.options.residuals == "live" and not call.differentiated and call.graphless() is None
 
 
 def _maybe_linearizing(tangents: Sequence[Any]) -> bool:

@@ -8,8 +8,8 @@ import torch
 from jax.core import Tracer
 from jaxtyping import Array
 
-from ..interop.calls.call import Residuals, VmapMethod
 from ..interop.errors import StateError
+from ..interop.types import CallOptions, Residuals, VmapMethod
 from .module.fingerprint import Same
 from .module.functional_module import FunctionalModule
 from .module.weights import Held, held
@@ -118,15 +118,8 @@ class TorchModule(eqx.nn.StatefulLayer):
 
         **Raises:** `TypeError` for lazy modules, those that cannot be copied, and weights that JAX cannot have.
         """
-        self.module = FunctionalModule(
-            module,
-            remedy=_REMEDY,
-            vmap_method=vmap_method,
-            residuals=residuals,
-            forward_mode=forward_mode,
-            replay=replay,
-            out_shape=out_shape,
-        )
+        options = CallOptions(vmap_method, residuals, forward_mode, replay, out_shape)
+        self.module = FunctionalModule(module, remedy=_REMEDY, options=options)
         leaves = self.module.leaves(module, copy=copy)
         self.params, self.frozen = leaves["params"], leaves["frozen"]
         self.buffer_index = _Unbound(leaves["buffers"]) if leaves["buffers"] else None

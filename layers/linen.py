@@ -15,9 +15,9 @@ from flax.core import FrozenDict, Scope, freeze, meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.core import Tracer
 
-from ..interop.calls.call import Residuals, VmapMethod
 from ..interop.errors import StateError
 from ..interop.modes.random import LateKey
+from ..interop.types import CallOptions, Residuals, VmapMethod
 from .flax_collections import Collection, nest, stop_gradient
 from .linen_captured import Captured, Tree
 from .module.functional_module import FunctionalModule
@@ -80,10 +80,11 @@ class TorchModule(nn.Module):
             self.initializer = tuple(self.initializer.items())
         if self.out_shape is not None and not isinstance(self.out_shape, Tree):
             self.out_shape = Tree(*jax.tree.flatten(self.out_shape))
-        options = (self.vmap_method, self.residuals, self.forward_mode, self.replay, self.out_shape)
-        options = (*options, self.channels_last, self.rng_collection)
-        if self.made is None or (self.made.source, self.made.options) != (self.module, options):
-            self.made = Captured.of(self.module, options)
+        out_shape = None if self.out_shape is None else self.out_shape.tree
+        options = CallOptions(self.vmap_method, self.residuals, self.forward_mode, self.replay, out_shape)
+        own = (options.key, self.channels_last, self.rng_collection)
+        if self.made is None or (self.made.source, self.made.key) != (self.module, own):
+            self.made = Captured.of(self.module, options, self.channels_last, self.rng_collection)
         super().__post_init__()
 
     def setup(self) -> None:

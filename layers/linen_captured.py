@@ -1,12 +1,13 @@
 """A torch module taken apart for Linen: once, however often Linen clones a module or a compact method wraps it."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import torch
 
-from ..interop.calls.call import Residuals, VmapMethod
+from ..interop.types import CallOptions
 from .flax_collections import Collection, collections
 from .module.functional_module import FunctionalModule
 from .module.taken_apart import taken_apart
@@ -17,16 +18,17 @@ class Captured:
     """A torch module taken apart, and how: what all clones that Linen makes of a module share."""
 
     source: torch.nn.Module
-    options: tuple[Any, ...]
+    key: Hashable
     module: FunctionalModule
     collections: dict[str, Collection] = field(compare=False)
     """Of each weight, by torch name."""
 
     @classmethod
-    def of(cls, source: torch.nn.Module, options: tuple[Any, ...]) -> "Captured":
+    def of(cls, source: torch.nn.Module, options: CallOptions, channels_last: bool, rng_collection: str) -> "Captured":
         """The same for a module that was wrapped before with these options and has not changed since."""
-        module = taken_apart(source, (cls, *options), lambda: _take_apart(source, *options))
-        return cls(source, options, module, collections(module))
+        key = (options.key, channels_last, rng_collection)
+        module = taken_apart(source, (cls, key), lambda: _take_apart(source, options, channels_last, rng_collection))
+        return cls(source, key, module, collections(module))
 
     def by_collection(self) -> dict[Collection, dict[str, None]]:
         """Collection to the torch names in it."""
@@ -55,27 +57,21 @@ class Tree:
     def __hash__(self) -> int:
         return hash((tuple(self.leaves), self.treedef))
 
+    @property
+    def tree(self) -> Any:
+        """The pytree."""
+        return jax.tree.unflatten(self.treedef, self.leaves)
+
 
 def _take_apart(
-    module: torch.nn.Module,
-    vmap_method: VmapMethod,
-    residuals: Residuals,
-    forward_mode: bool,
-    replay: bool,
-    out_shape: Tree | None,
-    channels_last: bool,
-    rng_collection: str,
+    module: torch.nn.Module, options: CallOptions, channels_last: bool, rng_collection: str
 ) -> FunctionalModule:
     made = FunctionalModule(
         module,
         remedy="",
         key_remedy=f'Pass `rngs={{"{rng_collection}": key}}` to `apply`',
         channels_last=channels_last,
-        vmap_method=vmap_method,
-        residuals=residuals,
-        forward_mode=forward_mode,
-        replay=replay,
-        out_shape=None if out_shape is None else jax.tree.unflatten(out_shape.treedef, out_shape.leaves),
+        options=options,
     )
     mutable = sorted({col for col in collections(made).values() if col in ("batch_stats", "buffers")})
     made.remedy = (

@@ -9,9 +9,9 @@ import torch
 from flax import nnx
 from jaxtyping import Array
 
-from ..interop.calls.call import Residuals, VmapMethod
 from ..interop.errors import TorchCallError
 from ..interop.modes.random import LateKey
+from ..interop.types import CallOptions, Residuals, VmapMethod
 from .flax_collections import collections, stop_gradient
 from .module.functional_module import FunctionalModule
 from .module.skeleton import named_tensors
@@ -125,19 +125,12 @@ class TorchModule(Submodule):
 
         **Raises:** `TypeError` for lazy modules, those that cannot be copied, and weights that JAX cannot have.
         """
-        options = {
-            "key_remedy": _KEY_REMEDY,
-            "vmap_method": vmap_method,
-            "residuals": residuals,
-            "forward_mode": forward_mode,
-            "replay": replay,
-            "channels_last": channels_last,
-        }
-        shapes, treedef = jax.tree.flatten(out_shape)
+        options = CallOptions(vmap_method, residuals, forward_mode, replay, out_shape)
+        own: dict[str, Any] = {"remedy": "", "key_remedy": _KEY_REMEDY, "channels_last": channels_last}
         self._torch = taken_apart(
             module,
-            ("nnx", *options.values(), *shapes, treedef),
-            lambda: _Torch(FunctionalModule(module, remedy="", out_shape=out_shape, **options)),
+            ("nnx", options.key, channels_last),
+            lambda: _Torch(FunctionalModule(module, options=options, **own)),
         )
         self.deterministic = not module.training
         stream = _stream(rngs)

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torchleaf
 
+pytestmark = pytest.mark.all_cases
 PACKAGE = Path(torchleaf.__path__[0])
 ROOMS = [
     "interop.internals",
     "interop.errors",
+    "interop.types",
     "interop.process",
     "interop.values",
     "interop.modes",

@@ -1,6 +1,7 @@
-"""`Base`: the user's torch callable at one signature, on which all other calls are built."""
+"""`Base`: the user's torch callable, on which all other calls are built, and what is known of it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,85 +9,84 @@ import torch
 from ..errors import signature_text
 from ..modes.forward_ad import in_forward_mode, stopped_by_no_grad
 from ..modes.kernels import UNRECORDED
+from ..types import Aval, CallOptions, Checkpoints, Operand, Tensors
 from ..values.dtypes import is_inexact
 from . import scope
-from .call import Aval, Checkpoints, Residuals, Tensors, TorchCall, VmapMethod
+from .call import TorchCall
 from .plan import Plan
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What a trace has found of a callable, as far as calls want to know."""
+
+    state: tuple[tuple[int, int], ...]
+    """Operands that it changes, each with the output that is its new value."""
+    operations: float
+    """How many floating-point operations it takes, about."""
+    device: torch.device
+    """Where it is likely to run."""
+    fakeable: bool
+    """Whether it can run on fake tensors, as trials do."""
+    pure: bool
+    """Whether it is known to do nothing but ops."""
+    reads: tuple[Any, ...] | None
+    """The values it reads, where a fake run that is given them shows what it does; otherwise None."""
+    captures: bool
+    """Whether it computes with tensors of its own, as far as is known."""
+    precision: int
+    """The bytes of the least precise real number among what it computes."""
+    grad_mode: bool
+    """Whether it has to run in torch's default grad mode in any case."""
+    differentiates: bool
+    """Whether parameters must require gradients in any case: it differentiates by them itself."""
+    checkpoints: Checkpoints
+    fused_kernels: frozenset[str]
+    """Those it uses that are replaced under higher derivatives (`kernels.py`)."""
+    is_loose: bool
+    """Whether torch's autograd has to differentiate each call by itself, without `torch.func`."""
+    foreign: Mapping[int, str]
+    """Storages that must not be met, each with what it is (`traceable.py`)."""
+
+
 class Base(TorchCall):
-    """A torch callable over flat tensors.
+    """A user's torch callable over flat tensors.
 
     **Arguments:**
 
-    - `function`: takes one tensor per aval and returns one tensor per output aval.
-    - `operand_names`: how errors call the operands.
-    - `state`: operands that are state, each with the output that is its new value.
-    - `buffers`: operands that could be state; torch has no derivatives by many of them.
-    - `device`: where it was traced, and is likely to run.
-    - `fakeable`: whether `function` can run on fake tensors (False if it inspects values).
-    - `pure`: whether it runs the same ops each time for the same values, so far as a trace tells.
-    - `reads`: the values it reads with some operands, if it does nothing but ops with them; None if it may.
-    - `captures`: whether it computes with tensors of its own, as far as is known.
-    - `precision`: the bytes of the least precise real number among what it computes.
-    - `grad_mode`: whether `function` has to run in torch's default grad mode in any case.
-    - `foreign`: storages that must not be met, each with what it is (`traceable.py`).
-    - `trainable`: operands that are parameters of a module.
-    - `differentiates`: whether those must require gradients in any case: `function` differentiates by them itself.
-    - `checkpoints`: whether it uses `torch.utils.checkpoint`, and of which kind.
-    - `is_loose`: whether torch's autograd has to differentiate each call by itself, without `torch.func`.
-    - `fused_kernels`: those it uses that are replaced under higher derivatives (`kernels.py`).
-    - `forward_mode`, `vmap_method`, `residuals`, `replay`: the user's options.
+    - `function`: the callable; it returns its outputs and then the new values of state.
+    - `name`: how errors call it.
+    - `operands`: what it is called with.
+    - `out_avals`: what it returns.
+    - `facts`: what is known of it.
+    - `options`: the user's.
 
-    Two facts are found when it is first differentiated (`hidden_writes.py`): `reenters`, whether its backward pass runs
-    a part of the module again (`scope.py`), and `has_sparse_gradients`, which torch cannot batch.
+    Three facts are found later: when it is first differentiated (`hidden_writes.py`), `reenters`, whether its backward
+    pass runs a part of the module again (`scope.py`), and `has_sparse_gradients`, which torch cannot batch; and when it
+    runs, `lacking`, the fused kernels that turn out to have no derivatives in it.
     """
 
     def __init__(
         self,
         function: Callable[..., Tensors],
-        *,
         name: str,
-        operand_names: Sequence[str],
-        in_avals: Sequence[Aval],
+        operands: Sequence[Operand],
         out_avals: Sequence[Aval],
-        state: tuple[tuple[int, int], ...],
-        buffers: tuple[int, ...],
-        operations: float,
-        device: torch.device,
-        fakeable: bool,
-        pure: bool,
-        captures: bool,
-        precision: int,
-        reads: tuple[Any, ...] | None,
-        grad_mode: bool,
-        foreign: Mapping[int, str],
-        trainable: tuple[int, ...],
-        differentiates: bool,
-        checkpoints: Checkpoints,
-        is_loose: bool,
-        fused_kernels: frozenset[str],
-        forward_mode: bool,
-        vmap_method: VmapMethod,
-        residuals: Residuals,
-        replay: bool,
+        facts: Facts,
+        options: CallOptions,
     ):
         super().__init__()
         self.base = self
-        self.function, self.name, self._operand_names = function, name, operand_names
-        self.operations, self.device, self.fused_kernels = operations, device, fused_kernels
-        self.fakeable, self.pure, self.reads, self.grad_mode = fakeable, pure, reads, grad_mode
-        self.captures, self.precision = captures, precision
-        self.in_avals, self.out_avals, self.state = tuple(in_avals), tuple(out_avals), state
-        self.in_axes, self.out_axes = ({},) * len(in_avals), ({},) * len(out_avals)
-        self.buffers, self.foreign = buffers, foreign
-        self._trainable, self._differentiates, self._is_loose = trainable, differentiates, is_loose
-        self.checkpoints, self.reenters, self.has_sparse_gradients = checkpoints, checkpoints == "kept", False
-        self.forward_mode, self.vmap_method, self.residuals = forward_mode, vmap_method, residuals
-        self.wants_replay = replay
-        self.warned = False  # about falling back to a loop
+        self.function, self.name, self.facts, self.options = function, name, facts, options
+        self.state, self.operations = facts.state, facts.operations
+        self.in_avals, self.out_avals = tuple(x.aval for x in operands), tuple(out_avals)
+        self.in_axes, self.out_axes = ({},) * len(operands), ({},) * len(out_avals)
+        self.buffers = tuple(i for i, x in enumerate(operands) if x.is_state)
+        self._trainable = tuple(i for i, x in enumerate(operands) if x.is_trainable)
+        self._operand_names = [x.name for x in operands]
+        self.reenters, self.has_sparse_gradients = facts.checkpoints == "kept", False
         self.lacking: frozenset[str] = frozenset()
-        """The fused kernels that turned out to have no derivatives in this call."""
+        self.warned = False  # about falling back to a loop
 
     def compute(self, plan: Plan, *tensors: torch.Tensor) -> Tensors:
         return self.run(*tensors)
@@ -99,14 +99,14 @@ class Base(TorchCall):
         if in_forward_mode():
             with stopped_by_no_grad():
                 return self.function(*self._with_leaves(tensors))
-        if not self.grad_mode:
+        if not self.facts.grad_mode:
             return self.function(*tensors)
         with torch.enable_grad():  # torch's default: the callable may take gradients itself
             return self.function(*self._with_leaves(tensors))
 
     def _with_leaves(self, tensors: Tensors) -> Tensors:
         """Operands of which the parameters require gradients, where the callable relies on it."""
-        if not (self._differentiates or (self.reenters and scope.current())):
+        if not (self.facts.differentiates or (self.reenters and scope.current())):
             return tensors
         constant = [i for i in self._trainable if is_inexact(self.in_avals[i].dtype) and not tensors[i].requires_grad]
         leaves = {i: tensors[i].detach().requires_grad_() for i in constant}
@@ -115,20 +115,20 @@ class Base(TorchCall):
     @property
     def is_loose(self) -> bool:
         """Whether torch's autograd has to differentiate each call by itself, without `torch.func`."""
-        return self._is_loose or self.reenters or self.has_sparse_gradients
+        return self.facts.is_loose or self.reenters or self.has_sparse_gradients
 
     @property
     def recordable(self) -> bool:
-        return self.wants_replay and self.pure and self.fused_kernels.isdisjoint(UNRECORDED)
+        return self.options.replay and self.facts.pure and self.facts.fused_kernels.isdisjoint(UNRECORDED)
 
     @property
     def why_unrecordable(self) -> str:
         """What makes its ops depend on more than shapes, so far as is known."""
-        if not self.fused_kernels.isdisjoint(UNRECORDED):
+        if not self.facts.fused_kernels.isdisjoint(UNRECORDED):
             return "it uses torch.compile or higher-order ops"
-        if self.checkpoints != "none":
+        if self.facts.checkpoints != "none":
             return "it uses torch.utils.checkpoint"
-        return "it draws random numbers" if self.fakeable else "it reads values, or draws random numbers by them"
+        return "it draws random numbers" if self.facts.fakeable else "it reads values, or draws random numbers by them"
 
     @property
     def signature(self) -> str:

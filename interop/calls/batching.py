@@ -15,9 +15,10 @@ import torch
 
 from ..errors import StateError, TorchCallError
 from ..modes.trial import trial_run
+from ..types import Aval, Tensors, VmapMethod
 from ..values import dtypes
 from . import scope
-from .call import Aval, Level, Linearized, Tensors, TorchCall, VmapMethod, take
+from .call import Level, Linearized, TorchCall, take
 from .plan import Plan
 
 Dims = tuple[int | None, ...]
@@ -29,7 +30,7 @@ def vmap(call: TorchCall, in_dims: Dims, size: int) -> "Vmap":
     Raises `StateError` where examples would change shared state each in its own way.
     """
     shared = {out for operand, out in call.state if in_dims[operand] is None}
-    if shared and call.base.vmap_method != "batched":
+    if shared and call.base.options.vmap_method != "batched":
         raise StateError(
             f"vmap of {call.name}: the examples share the state {_state_names(call)}, which each would change in its "
             "own way; torch's statistics are those of the whole batch. Call the module on the whole batch outside vmap "
@@ -37,7 +38,7 @@ def vmap(call: TorchCall, in_dims: Dims, size: int) -> "Vmap":
             "'batched' to have vmap do so, or give each example its own parameters and state (torchleaf.stack)."
         )
     out_dims = tuple(None if i in shared else 0 for i in range(len(call.out_avals)))
-    return call.derive(Vmap, in_dims, out_dims, size, call.base.vmap_method)
+    return call.derive(Vmap, in_dims, out_dims, size, call.base.options.vmap_method)
 
 
 class Vmap(Level):
@@ -168,7 +169,7 @@ def _find_batch_axes(call: Vmap) -> tuple[int, ...]:
     def note_shapes(*tensors: torch.Tensor) -> None:
         shapes.extend(tuple(y.shape) for y in call.base.run(*tensors))
 
-    if trial_run(note_shapes, in_avals, call.base.device) is not None:
+    if trial_run(note_shapes, in_avals, call.base.facts.device) is not None:
         return (0,) * len(avals)
     axes = tuple(shape.index(size) if size in shape else 0 for shape in shapes)
     for i, (shape, axis) in enumerate(zip(shapes, axes, strict=True)):

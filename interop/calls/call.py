@@ -15,9 +15,8 @@ right, otherwise `torch.autograd` and loops, which always are.
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import jax
 import torch
 
 from ..errors import quote
@@ -25,6 +24,7 @@ from ..internals import NO_EVALUATION_BACKWARD
 from ..modes import ambient
 from ..modes.kernels import FUSED, NONE, chosen, lacking_derivatives, refuse_scripted
 from ..replay.repeated import LARGE, LARGE_ON_GPU, Repeated
+from ..types import Aval, Tensors
 from ..values.dtypes import is_inexact
 from . import scope
 from .choice import Choice
@@ -33,11 +33,6 @@ from .plan import Plan, Transform
 if TYPE_CHECKING:
     from .base import Base
 
-Aval = jax.ShapeDtypeStruct
-Tensors = tuple[torch.Tensor, ...]
-VmapMethod = Literal["auto", "vmap", "batched", "loop"]
-Residuals = Literal["live", "recompute"]
-Checkpoints = Literal["none", "kept", "reentrant"]
 Linearized = tuple["TorchCall", tuple[int, ...], tuple[int, ...]]
 Derived = TypeVar("Derived")
 Axes = tuple[dict[int, int], ...]
@@ -124,7 +119,7 @@ class TorchCall:
     def plain_kernels(self) -> frozenset[str]:
         """The fused kernels that the call has to do without, since it asks torch for rules that they lack."""
         lacking = FUSED if self.choice.plan.core > 0 else self.base.lacking if self.derivatives else NONE
-        return self.base.fused_kernels & (lacking | self._lacking_derivatives)
+        return self.base.facts.fused_kernels & (lacking | self._lacking_derivatives)
 
     @cached_property
     def _lacking_derivatives(self) -> frozenset[str]:
@@ -132,7 +127,7 @@ class TorchCall:
         # What is differentiated after a Jacobian-vector product by reverse mode is the backward's backward.
         order = len(self.derivatives) + self.derivatives[1:].count("jvp")
         lacking = lacking_derivatives(order, forward="jvp" in self.derivatives)
-        refuse_scripted(self.base.name, self.base.fused_kernels, lacking)
+        refuse_scripted(self.base.name, self.base.facts.fused_kernels, lacking)
         return lacking
 
     @cached_property
@@ -167,7 +162,7 @@ class TorchCall:
     @cached_property
     def is_repeatable(self) -> bool:
         """Whether it may be recorded."""
-        large = LARGE_ON_GPU if self.base.device.type == "cuda" else LARGE
+        large = LARGE_ON_GPU if self.base.facts.device.type == "cuda" else LARGE
         return self.operations <= large and self.recordable
 
     @property
@@ -177,7 +172,7 @@ class TorchCall:
 
     def why_unrepeated(self) -> str | None:
         """Why later runs run Python again, where the user wants that they do not; None if they do not."""
-        if not self.base.wants_replay:
+        if not self.base.options.replay:
             return None
         if not self.recordable:
             return self.base.why_unrecordable
@@ -263,7 +258,7 @@ class Level(TorchCall):
 
 def execute(call: TorchCall, *tensors: torch.Tensor, repeats: bool) -> Tensors:
     """Run a call outermost, on the thread of the compiled program; `repeats`: of one that runs many times."""
-    run, kernels = call.repeat if repeats else call.execute, call.base.fused_kernels
+    run, kernels = call.repeat if repeats else call.execute, call.base.facts.fused_kernels
     lends = scope.opened() if call.base.reenters and call is not call.base else _NO_SCOPE
     with ambient.neutral(), torch.no_grad(), lends:
         if not kernels:

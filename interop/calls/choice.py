@@ -11,7 +11,8 @@ from .plan import CERTAIN, Plan, candidates, needs_audit
 from .proof import disagreement
 
 if TYPE_CHECKING:
-    from .call import Tensors, TorchCall
+    from ..types import Tensors
+    from .call import TorchCall
 
 
 class Choice:
@@ -62,7 +63,7 @@ class Choice:
         assert self._rest
         while (plan := self._rest.pop(0)).core:
             small = call.fewer_examples()
-            failure = trial_run(functools.partial(small.compute, plan), small.in_avals, call.base.device)
+            failure = trial_run(functools.partial(small.compute, plan), small.in_avals, call.base.facts.device)
             if failure is None:
                 break
             self._give_up(plan, quote(failure))

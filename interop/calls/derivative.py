@@ -14,8 +14,9 @@ from ..errors import TorchCallError
 from ..modes.dispatch import Mode
 from ..modes.forward_ad import one_at_a_time
 from ..process.once import Once
+from ..types import Tensors
 from . import residuals, reverse
-from .call import Level, Linearized, Tensors, TorchCall, take
+from .call import Level, Linearized, TorchCall, take
 from .differences import central_difference
 from .graph import Graph
 from .handles import HANDLE
@@ -175,7 +176,7 @@ class Jvp(_Derivative):
         try:
             return super()._writes
         except TorchCallError:
-            if self.base.checkpoints == "reentrant":  # forward mode does not get through them
+            if self.base.facts.checkpoints == "reentrant":  # forward mode does not get through them
                 raise
             return True
 

@@ -19,8 +19,9 @@ from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradien
 from ..internals import FUNCTION_BASE
 from ..modes.kernels import compiling
 from ..replay.repeated import Repeated
+from ..types import Tensors
 from ..values.memory import storage_of
-from .call import Tensors, TorchCall
+from .call import TorchCall
 from .plan import Plan
 from .reverse import dense
 from .scope import Scope
@@ -62,7 +63,7 @@ class Graph:
     def _forward(self, plan: Plan, operands: Tensors) -> Tensors:
         self._saved.operand_of = {storage_of(x): i for i, x in enumerate(operands)}
         self._saved.operands = operands  # the call may itself go backward
-        compiled = compiling(self._call.base.fused_kernels, self._saved.pack)
+        compiled = compiling(self._call.base.facts.fused_kernels, self._saved.pack)
         with compiled as pack, torch.enable_grad(), saved_tensors_hooks(pack, self._saved.unpack):
             entered = [_enter(operands[i]) for i in self._active]
             given = list(operands)

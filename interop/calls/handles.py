@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import torch
 
-from .call import Aval
+from ..types import Aval
 
 HANDLE = Aval((2,), np.dtype(np.int32))
 

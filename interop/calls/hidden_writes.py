@@ -16,11 +16,12 @@ from ..modes.aten import bound, tensors_in, written
 from ..modes.dispatch import Mode
 from ..modes.random import draws
 from ..modes.trial import trial_run
+from ..types import Tensors
 from ..values.dtypes import is_inexact
 from ..values.memory import has_storage, storage_of
 from . import reverse, scope
 from .base import Base
-from .call import Tensors, take
+from .call import take
 
 
 def hidden_writes(call: Base) -> bool:
@@ -29,14 +30,14 @@ def hidden_writes(call: Base) -> bool:
     Notes, too, what else the call should know of it. Raises `TorchCallError` for a forward pass that writes into
     operands only where gradients are recorded, `RandomnessError` for a backward pass that draws random numbers.
     """
-    if call.checkpoints == "reentrant":
+    if call.facts.checkpoints == "reentrant":
         raise TorchCallError(
             f"{call.name} uses torch.utils.checkpoint with use_reentrant=True, whose backward pass leaves out the "
             "gradients of weights unless torch's `.backward()` runs it. Pass `use_reentrant=False` (in transformers, "
             '`gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})`).'
         )
-    if not call.fakeable and call.reads is None:
-        call.reenters |= bool(call.foreign)
+    if not call.facts.fakeable and call.facts.reads is None:
+        call.reenters |= bool(call.facts.foreign)
         return True
     watch, failure = _fake_backward_pass(call)
     if watch.foreign is not None and not call.reenters:
@@ -62,7 +63,7 @@ def _fake_backward_pass(call: Base) -> "tuple[_Watch, Exception | None]":
     """What its ops did, and how it failed."""
     active = tuple(i for i, aval in enumerate(call.in_avals) if is_inexact(aval.dtype) and i not in call.buffers)
     cotangents = take(call.out_avals, call.inexact_outs)
-    n, watch = len(call.in_avals), _Watch(call.foreign)
+    n, watch = len(call.in_avals), _Watch(call.facts.foreign)
 
     def differentiate(*tensors: torch.Tensor) -> None:
         operands = list(tensors[:n])
@@ -77,7 +78,7 @@ def _fake_backward_pass(call: Base) -> "tuple[_Watch, Exception | None]":
         with watch.over(tensors), scope.opened() if call.reenters else contextlib.nullcontext():
             reverse.pullback(function, take(tensors, active), tensors[n:])
 
-    return watch, trial_run(differentiate, (*call.in_avals, *cotangents), call.device, call.reads or ())
+    return watch, trial_run(differentiate, (*call.in_avals, *cotangents), call.facts.device, call.facts.reads or ())
 
 
 _LEAF_WRITTEN = "leaf Variable that requires grad is being used in an in-place"

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import torch
 
 from ..replay.repeated import SMALL
+from ..types import Tensors
 from . import residuals
 from .batching import vmap
-from .call import Tensors, TorchCall, take
+from .call import TorchCall, take
 from .derivative import Vjp
 from .graph import Graph
 from .handles import HANDLE
@@ -83,7 +84,7 @@ def over_batch(call: TorchCall, in_dims: tuple[int | None, ...], size: int) -> T
     Where a small call can be replayed it is none: to run the forward again, with the weights of all examples at once,
     costs less than to have them once for each example.
     """
-    if isinstance(call, Save) and call.batch is None and call.base.vmap_method != "batched":
+    if isinstance(call, Save) and call.batch is None and call.base.options.vmap_method != "batched":
         live = call.inner.derive(Save, call.active, (in_dims, size))
         return None if live.operations <= SMALL and live.is_repeatable else live
     if isinstance(call, Vjp) and call.live and in_dims[call.n_inner] is None:

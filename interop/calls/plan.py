@@ -53,8 +53,8 @@ def candidates(call: "TorchCall") -> Iterator[Plan]:
     """Plans for a call, the fastest first; the last raises where torch has no derivative."""
     levels = call.levels()
     # TorchScript's optimiser cuts graphs of gradients off, from the second run on, where torch.func differentiates.
-    scripted = SCRIPTED in call.base.fused_kernels and len(call.derivatives) > 1
-    if call.base.fakeable and not (scripted or call.base.is_loose):
+    scripted = SCRIPTED in call.base.facts.fused_kernels and len(call.derivatives) > 1
+    if call.base.facts.fakeable and not (scripted or call.base.is_loose):
         for i, level in enumerate(levels):
             if level.transform not in ("jvp", "vmap"):
                 continue

@@ -23,7 +23,8 @@ from .own_functions import applications, with_wrong_gradients
 from .plan import Plan
 
 if TYPE_CHECKING:
-    from .call import Tensors, TorchCall
+    from ..types import Tensors
+    from .call import TorchCall
 
 _CLOSE = 1e-2
 """How far away the second point is, in relation to the largest operand."""
@@ -223,4 +224,4 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
 
 def _precision(call: "TorchCall", operands: "Tensors") -> int:
     """The bytes of the least precise real number that a call computes with."""
-    return min(call.base.precision, precision_of(operands))
+    return min(call.base.facts.precision, precision_of(operands))

@@ -9,8 +9,9 @@ Under vmap one graph holds the whole batch: operands that all examples share ent
 import torch
 
 from ..replay.repeated import Repeated
+from ..types import Tensors
 from .batching import vmap
-from .call import Level, Tensors, TorchCall
+from .call import Level, TorchCall
 from .derivative import Vjp
 from .graph import Batch, Graph, Tape
 from .handles import HANDLE, handle_of, number_of

@@ -77,8 +77,10 @@ class Captured:
             return None
         stream = torch.cuda.current_stream(tensors[0].device)
         key = source and source.number, stream.cuda_stream, *(x.data_ptr() for x in tensors)
-        graph = self._graphs.get(key) or (self._roaming and self._roaming.get(self._fixed(key)))
-        if graph:
+        graph = self._graphs.get(key)
+        if graph is None and self._roaming:
+            graph = self._roaming.get(self._fixed(key))
+        if graph is not None:
             return graph if graph.take() else None
         with self._lock:
             self._note_moves(key)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from ..calls.call import Aval
+from ..types import Aval
 from ..values import dtypes
 from ..values.arrays import check_range
 from ..values.statics import static_key
@@ -37,7 +37,7 @@ class Arguments:
         self.n_leading = len(self._leading)
         leaves, self._treedef = flatten_registering((args, kwargs))
         self._is_array = tuple(map(_is_array, leaves))
-        self._signature, self._args, self._kwargs = signature, args, kwargs
+        self.signature, self._args, self._kwargs = signature, args, kwargs
         try:
             self._statics = tuple(None if arr else x for x, arr in zip(leaves, self._is_array, strict=True))
             arrays = [x for x, arr in zip(leaves, self._is_array, strict=True) if arr]
@@ -51,12 +51,12 @@ class Arguments:
 
     def names(self) -> list[str]:
         """The operands as the user wrote them: `x`, `targets['label']`."""
-        names = self._signature.leaf_names(self._args, self._kwargs)
+        names = self.signature.leaf_names(self._args, self._kwargs)
         return [*self._leading, *(n for n, arr in zip(names, self._is_array, strict=True) if arr)]
 
     def check_signature(self) -> None:
         """`TypeError` naming an argument that is missing or unknown."""
-        self._signature.check(self._args, self._kwargs)
+        self.signature.check(self._args, self._kwargs)
 
     def filler(self) -> Filler:
         """A function from tensors, for the operands that are not leading, to `(args, kwargs)`; it holds no array."""
@@ -71,10 +71,10 @@ class Arguments:
 
     def _reject(self, leaves: Sequence[Any]) -> None:
         """Raise for the first leaf that cannot be passed, by name."""
-        names = [*self._leading, *self._signature.leaf_names(self._args, self._kwargs)]
+        names = [*self._leading, *self.signature.leaf_names(self._args, self._kwargs)]
         is_array = (*(True for _ in self._leading), *self._is_array)
         for name, leaf, arr in zip(names, (*self._leading.values(), *leaves), is_array, strict=True):
-            where = f"{self._signature.name}: argument {name}"
+            where = f"{self.signature.name}: argument {name}"
             if isinstance(leaf, torch.Tensor):
                 raise TypeError(
                     f"{where} is a torch.Tensor of shape {tuple(leaf.shape)}; torchleaf functions take JAX arrays. "

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..calls.call import Aval, Checkpoints
 from ..calls.cycles import free_circular_graphs
 from ..errors import CapturedWriteError, ForeignTensorError, StateError, TorchCallError, signature_text
 from ..internals import DisableTorchFunction, FakeTensor, torch_pytree
@@ -20,6 +19,7 @@ from ..modes.guard import Exposure
 from ..modes.known import KnownConstants
 from ..modes.own_gradients import Asked, wants_gradients
 from ..modes.random import draws, refuse
+from ..types import Aval, Checkpoints
 from ..values.dtypes import is_inexact_tensor, precision_of
 from ..values.memory import fills_storage, has_storage, memory_key, storage_of
 from .outputs import describe
@@ -145,7 +145,7 @@ def _refuse_escapes(traced: Traceable, storages: Sequence[StorageWeakRef]) -> No
         gc.collect()  # reference cycles are not escapes
     if not all(s.expired() for s in storages):
         free_circular_graphs({s.cdata for s in storages if not s.expired()})
-    escaped = [n for n, s in zip(traced.operand_names, storages, strict=True) if not s.expired()]
+    escaped = [x.name for x, s in zip(traced.operands, storages, strict=True) if not s.expired()]
     if escaped:
         raise TorchCallError(
             f"{traced.name} keeps argument {', '.join(escaped)} (or a view of it) after it returns: a closure, a "
@@ -161,7 +161,7 @@ def _check_state(traced: Traceable, state: dict[int, Any]) -> None:
         if not isinstance(value, torch.Tensor) or (tuple(value.shape), value.dtype) != (shape, dtype):
             given = signature_text(["it"], [(value.shape, value.dtype)]) if isinstance(value, torch.Tensor) else value
             raise StateError(
-                f"{traced.name} replaces `{traced.operand_names[i]}` ({dtype}{list(shape)}) by {given}: state must "
+                f"{traced.name} replaces `{traced.operands[i].name}` ({dtype}{list(shape)}) by {given}: state must "
                 "keep its shape and dtype. Allocate a buffer of the final size, and write into it."
             )
 

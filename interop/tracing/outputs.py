@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import torch
 
-from ..calls.call import Aval
 from ..errors import TorchCallError
+from ..types import Aval
 from ..values import dtypes
 from ..values.trees import flatten_registering, leaf_names
 

@@ -7,72 +7,61 @@ from typing import Any, NoReturn
 import jax
 import torch
 
-from ..calls.base import Base
-from ..calls.call import Aval, Tensors
+from ..calls.base import Base, Facts
 from ..errors import TorchCallError
 from ..modes import ambient, guard
 from ..modes.guard import Guard
 from ..modes.kernels import HIGHER_ORDER, UNRECORDED, quiet_compiler
+from ..types import Aval, CallOptions, Tensors
 from ..values import dtypes
 from ..values.memory import storage_of
 from ..values.narrow import narrowed
 from ..values.statics import static_key
 from ..values.trees import flatten_registering, leaf_names
 from .trace import Trace
-from .traceable import Flat
+from .traceable import Flat, Traceable
 
 
 class Specialized:
-    """What a `TorchFunction` keeps for each signature.
+    """What is kept for each signature.
 
     **Arguments:**
 
     - `function`: the callable over flat tensors; with `found.random` the last one is the key.
-    - `operand_names`, `in_avals`: the operands.
-    - `wanted`: the torch dtype each operand arrives in.
+    - `traced`: what was traced: its name, its operands, where they lie.
     - `found`: what tracing found.
-    - `device`: where it is likely to run.
+    - `options`: the user's.
+    - `is_loose`: whether torch's autograd has to differentiate each call by itself.
     - `refuse_write`: called where operands that are state, but not in `found.state`, would change.
-    - `key_remedy`: what to do where random numbers are drawn; None if the last operand is a key.
-    - `options`: those of `Base`.
     """
 
     def __init__(
         self,
         function: Flat,
-        operand_names: Sequence[str],
-        in_avals: Sequence[Aval],
-        wanted: Sequence[torch.dtype],
+        traced: Traceable,
         found: Trace,
+        options: CallOptions,
         *,
-        name: str,
-        device: torch.device,
-        buffers: tuple[int, ...],
+        is_loose: bool,
         refuse_write: Callable[[Collection[int]], NoReturn],
-        key_remedy: str | None,
-        **options: Any,
     ):
-        self._name, self._function, self._found = name, function, found
+        self._name, self._function, self._found = traced.name, function, found
         self._autocast = ambient.autocast_here()
         self._x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-        self._wanted, self._refuse_write, self._key_remedy = list(wanted), refuse_write, key_remedy
-        self._fixed = tuple(i for i in buffers if i not in found.state)
+        self._wanted, self._refuse_write = [x.dtype for x in traced.operands], refuse_write
+        self._key_remedy = None if found.random else traced.key_remedy
+        self._fixed = tuple(i for i in traced.state_operands if i not in found.state)
         self._copies = found.watched and (found.leaves_torch or not found.fused_kernels.isdisjoint(UNRECORDED))
-        self._mutated = set(range(len(wanted))) if self._copies else set(found.mutated)
-        self._conversions = self._find_conversions([dtypes.to_torch_dtype(aval.dtype) for aval in in_avals])
+        self._mutated = set(range(len(traced.operands))) if self._copies else set(found.mutated)
+        self._conversions = self._find_conversions([dtypes.to_torch_dtype(x.aval.dtype) for x in traced.operands])
         self._is_tensor = jax.tree_util.treedef_is_leaf(found.treedef) and bool(found.out_avals)
         self._n_outs, self.state, self.random = len(found.out_avals), found.state, found.random
-        out_avals = (*found.out_avals, *(in_avals[i] for i in found.state))
+        out_avals = (*found.out_avals, *(traced.operands[i].aval for i in found.state))
         self._out_dtypes = [dtypes.to_torch_dtype(aval.dtype) for aval in out_avals]
-        self.call = Base(
-            self._run,
-            name=name,
-            operand_names=operand_names,
-            in_avals=in_avals,
-            out_avals=out_avals,
+        facts = Facts(
             state=tuple(zip(found.state, range(self._n_outs, len(out_avals)), strict=True)),
             operations=found.operations,
-            device=device,
+            device=traced.device,
             fakeable=found.fakeable and HIGHER_ORDER not in found.fused_kernels,  # torch.func.jvp of `cond` is zero
             pure=found.steady,
             reads=found.reads if found.steady and not found.fakeable else None,
@@ -82,9 +71,10 @@ class Specialized:
             differentiates=found.differentiates,
             checkpoints=found.checkpoints,
             fused_kernels=found.fused_kernels,
-            buffers=buffers,
-            **options,
+            is_loose=is_loose,
+            foreign=traced.foreign,
         )
+        self.call = Base(self._run, traced.name, traced.operands, out_avals, facts, options)
 
     def rebuild(self, results: Sequence[Any]) -> tuple[Any, dict[int, Any]]:
         """The callable's output, with arrays in the place of tensors, and the new values of state operands."""

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from ..calls.call import Checkpoints
 from ..errors import TorchCallError, quote, signature_text
 from ..modes import kernels
 from ..modes.device_random import can_draw
@@ -21,6 +20,7 @@ from ..modes.host_random import drawn_from, host_generators_seeded, refuse_host_
 from ..modes.known import Failure, KnownConstants
 from ..modes.trial import fake_mode
 from ..replay.repeated import SMALL
+from ..types import Checkpoints
 from .examples import Example
 from .observe import Observation, observe
 from .outputs import compare, declared
@@ -266,7 +266,7 @@ def _failed(traced: Traceable, exc: Exception) -> TorchCallError:
     """The error for a callable that torch refuses."""
     if isinstance(exc, TorchCallError):
         return exc
-    shown = signature_text(traced.operand_names, traced.specs)
+    shown = signature_text([x.name for x in traced.operands], traced.specs)
     hint = _WANTS_BATCH if isinstance(exc, ValueError) and _is_of_batchnorm(exc) else ""
     return TorchCallError(f"{traced.name} failed on operands {shown}.\ntorch said: {quote(exc)}{hint}")
 

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from jax.interpreters import mlir
 
-from ..calls.call import Aval, TorchCall
+from ..calls.call import TorchCall
 from ..calls.handles import BY_PLACE
 from ..process.once import Once
+from ..types import Aval
 from ..values import dtypes
 from . import threads
 from .handle_flow import flow_of

@@ -17,7 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import torch
 
-from ..calls.call import Aval, Tensors, TorchCall, execute
+from ..calls.call import TorchCall, execute
 from ..calls.cycles import free_circular_graphs
 from ..calls.handles import is_signed, number_in, sign
 from ..calls.residuals import discard, hand_over
@@ -25,6 +25,7 @@ from ..errors import TorchCallError, runtime_message
 from ..internals import storage_holders
 from ..modes import ambient
 from ..replay.repeated import ops_alone
+from ..types import Aval, Tensors
 from ..values.memory import storage_of
 from . import threads
 from .handle_flow import HandleFlow
@@ -80,7 +81,7 @@ def uses_captured_tensors(number: int) -> bool:
     """Whether the call of a program may compute with tensors that are not operands."""
     program = _by_number.get(number)
     call = None if program is None else program.call()
-    return call is not None and call.base.captures
+    return call is not None and call.base.facts.captures
 
 
 def wait_until_idle() -> None:

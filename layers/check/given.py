@@ -12,6 +12,7 @@ import torch
 from jax.core import Tracer
 
 from ...interop.internals import DropoutNd
+from ...interop.types import CallOptions
 from ...interop.values import dtypes
 from ...interop.values.arrays import array_to_torch
 from ...interop.values.dtypes import is_inexact_tensor
@@ -160,7 +161,7 @@ class _Snapshot:
             self._called, self.device = kind.module, torch.device("cpu")
             self.name = kind.module.name
             return
-        self._made = FunctionalModule(kind.module, remedy="", vmap_method="auto", residuals="live")
+        self._made = FunctionalModule(kind.module, remedy="", options=CallOptions())
         weights, self.computes_in_double = named_tensors(kind.module), self._made.computes_in_double
         self._weights = {name: x.detach().clone() for name, x in weights}
         self._training, self.name = kind.training, f"{type(kind.module).__name__} ({kind.framework})"

@@ -2,8 +2,8 @@
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import torch
 from jax.core import Tracer
 
 from ...interop.function import TorchFunction, torch_function
+from ...interop.types import CallOptions
 from ..aliases import FRAMEWORKS
 from ..equinox import TorchModule
 from ..module.skeleton import is_training
@@ -63,7 +64,7 @@ def kind_of(given: Any, state: Any) -> Kind:
             if isinstance(given, framework.TorchModule):
                 return framework.kind_of(given)
     if isinstance(given, torch.nn.Module):
-        return Kind("Equinox", given, is_training(given), _wrap_in_equinox({}))
+        return Kind("Equinox", given, is_training(given), _wrap_in_equinox(CallOptions()))
     if isinstance(given, TorchFunction):
         return _of_function(given)
     if callable(given) and not isinstance(given, type):
@@ -78,10 +79,18 @@ def kind_of(given: Any, state: Any) -> Kind:
 _LAYERS = __name__.rpartition(".check.")[0]
 
 
-def widened_options(options: Mapping[str, Any], *, double: bool) -> dict[str, Any]:
-    """Options of a module or function, for one in double precision."""
-    wide = {name: widened_array(options[name]) for name in ("out_shape", "example_args") if name in options and double}
-    return {**options, **wide}
+def widened_options(options: CallOptions, *, double: bool) -> CallOptions:
+    """Options of a module or function, for one in double precision if it is to be."""
+    if not double:
+        return options
+    return replace(
+        options, out_shape=widened_array(options.out_shape), example_args=widened_array(options.example_args)
+    )
+
+
+def of_modules(options: CallOptions) -> dict[str, Any]:
+    """Those that modules take."""
+    return {f.name: getattr(options, f.name) for f in fields(options) if f.name != "example_args"}
 
 
 def widened_array(tree: Any) -> Any:
@@ -102,23 +111,23 @@ def _of_equinox(model: TorchModule, state: Any) -> Kind:
         raise TypeError("check: the model is traced; call check outside of JAX's transformations.")
     options = model.module.options
     module, training = to_torch_module(model, state), not model.inference
-    return Kind("Equinox", module, training, _wrap_in_equinox(options), options["forward_mode"])
+    return Kind("Equinox", module, training, _wrap_in_equinox(options), options.forward_mode)
 
 
-def _wrap_in_equinox(options: Mapping[str, Any]) -> Callable[..., Wrapped]:
+def _wrap_in_equinox(options: CallOptions) -> Callable[..., Wrapped]:
     def wrap(module: torch.nn.Module, args: tuple[Any, ...], *, double: bool, stateful: bool) -> Wrapped:
-        return EquinoxWrapped(module, widened_options(options, double=double), stateful=stateful)
+        wide = of_modules(widened_options(options, double=double))
+        return EquinoxWrapped(module, wide, stateful=stateful)
 
     return wrap
 
 
 def _of_function(function: TorchFunction) -> Kind:
     def wrap(module: torch.nn.Module, args: tuple[Any, ...], *, double: bool, stateful: bool) -> Wrapped:
-        fn, options = function.parts()
-        return FunctionWrapped(TorchFunction(fn, **widened_options(options, double=double)))
+        return FunctionWrapped(TorchFunction(function.target, widened_options(function.options, double=double)))
 
-    fn, options = function.parts()
-    return Kind("function", Called(fn, function.name), False, wrap, options["forward_mode"])
+    called = Called(function.target.callable, function.name)
+    return Kind("function", called, False, wrap, function.options.forward_mode)
 
 
 def _described(given: Any) -> str:

@@ -23,7 +23,7 @@ class LinenWrapped(Wrapped):
     ):
         mode = {"train": module.training, "deterministic": None}
         options = widened_options(like.made.module.options, double=double)
-        new = {"module": module, "made": None, "initializer": None, "out_shape": options["out_shape"]}
+        new = {"module": module, "made": None, "initializer": None, "out_shape": options.out_shape}
         self.model = like.clone(parent=None, **new, **mode)
         self.model.made.module.stand_alone()
         key = jax.random.key(0)

@@ -9,7 +9,7 @@ from flax import nnx
 from ...interop.function import TorchFunction
 from ..module.weights import held, to_torch_module
 from ..nnx import TorchModule
-from .kinds import Kind, widened_options
+from .kinds import Kind, of_modules, widened_options
 from .wrapped import Arrays, Wrapped
 
 
@@ -52,8 +52,8 @@ def kind_of(model: TorchModule) -> Kind:
     own = model._torch.module
 
     def wrap(module: torch.nn.Module, args: tuple[Any, ...], *, double: bool, stateful: bool) -> Wrapped:
-        options = widened_options(own.options, double=double)
+        options = of_modules(widened_options(own.options, double=double))
         return NnxWrapped(module, {**options, "channels_last": own.channels_last}, stateful=stateful)
 
     training = not model.deterministic
-    return Kind("NNX", to_torch_module(model), training, wrap, own.options["forward_mode"], own.channels_last)
+    return Kind("NNX", to_torch_module(model), training, wrap, own.options.forward_mode, own.channels_last)

@@ -15,9 +15,10 @@ import jax
 import torch
 
 from ...interop.errors import StateError
-from ...interop.function import check_options
+from ...interop.function import TorchFunction
 from ...interop.modes.random import PASS_A_KEY
 from ...interop.tracing.signature import signature_of
+from ...interop.types import CallOptions
 from ...interop.values.arrays import leaves_to_jax
 from ...interop.values.memory import storage_of
 from .admission import check_module, computes_in_double
@@ -52,7 +53,7 @@ class FunctionalModule:
     - `remedy`: what to do, in the terms of one's framework, where buffers change.
     - `key_remedy`: likewise, where random numbers are drawn without a key.
     - `channels_last`: arrays have their channels in the last axis, torch's tensors in the second.
-    - `options`: those of `torch_function`.
+    - `options`: the user's.
     """
 
     def __init__(
@@ -62,10 +63,9 @@ class FunctionalModule:
         remedy: str,
         key_remedy: str = PASS_A_KEY,
         channels_last: bool = False,
-        **options: Any,
+        options: CallOptions,
     ):
         check_module(module)
-        check_options(options["vmap_method"], options["residuals"])
         weights = named_tensors(module)
         self.name = type(module).__name__
         self.training, self.computes_in_double = is_training(module), computes_in_double(weights)
@@ -102,7 +102,7 @@ class FunctionalModule:
 
     def _find_equal(self) -> "FunctionalModule":
         code = fingerprint(self.skeleton, dict(named_tensors(self.skeleton)), self.stand_ins)
-        rest = (self.name, self.remedy, self.key_remedy, self.channels_last, *_option_keys(self.options))
+        rest = (self.name, self.remedy, self.key_remedy, self.channels_last, self.options.key)
         with _canonical_lock:
             found = _canonical.setdefault((code, tuple(self.specs.items()), rest), self)
         if found is not self:
@@ -142,9 +142,9 @@ class FunctionalModule:
             self._functions[key] = ModuleFunction(self, method, self._pools[inference])
         return self._functions[key]
 
-    def functions(self) -> list[ModuleFunction]:
+    def functions(self) -> list[TorchFunction]:
         """Those of its methods that were called."""
-        return list(self.canonical._functions.values())
+        return [method.function for method in self.canonical._functions.values()]
 
     def stand_alone(self) -> None:
         """Equal no other, so that it shares no traces; before it is called or compared."""
@@ -202,21 +202,19 @@ class FunctionalModule:
 
     def of_module(self, module: torch.nn.Module) -> "FunctionalModule":
         """Another module, with the same options; this one, if that is built alike."""
-        kept = {"remedy": self.remedy, "key_remedy": self.key_remedy, "channels_last": self.channels_last}
-        other = FunctionalModule(module, **kept, **self.options)
+        other = FunctionalModule(
+            module,
+            remedy=self.remedy,
+            key_remedy=self.key_remedy,
+            channels_last=self.channels_last,
+            options=self.options,
+        )
         return self if other == self else other
 
 
 _OF_A_PROCESS = ("_lock", "_equal", "_functions", "_arguments", "_pools", "originals")
 _canonical: "weakref.WeakValueDictionary[Hashable, FunctionalModule]" = weakref.WeakValueDictionary()
 _canonical_lock = threading.Lock()
-
-
-def _option_keys(options: Mapping[str, Any]) -> tuple[Hashable, ...]:
-    """Options as parts of a key: `out_shape` is a pytree."""
-    leaves, treedef = jax.tree.flatten(options.get("out_shape"))
-    others = (value for name, value in sorted(options.items()) if name != "out_shape")
-    return *others, treedef, *((tuple(x.shape), str(x.dtype)) for x in leaves)
 
 
 def _prepare(skeleton: torch.nn.Module) -> None:

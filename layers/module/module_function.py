@@ -3,19 +3,20 @@
 import traceback
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, final
 
 import jax
 import torch
 
-from ...interop.calls.call import Aval
 from ...interop.calls.scope import current as current_scope
 from ...interop.errors import CapturedWriteError, ForeignTensorError, RandomnessError, StateError, TorchCallError
 from ...interop.function import TorchFunction
 from ...interop.modes.guard import changed, is_plain_run
 from ...interop.tracing.arguments import Arguments, Filler
+from ...interop.tracing.target import Target, arguments_as_operands
 from ...interop.tracing.trace import Trace
 from ...interop.tracing.traceable import Flat
+from ...interop.types import Aval, Operand
 from ...interop.values import dtypes
 from .attributes import Change, put_back, stray_tensors
 from .channels_last import to_flax_layout, to_torch_layout
@@ -29,35 +30,62 @@ if TYPE_CHECKING:
 Weights = Mapping[str, torch.Tensor]
 
 
-class ModuleFunction(TorchFunction):
-    """One method of a module in one mode; its leading operands are the weights, sorted by name."""
+class ModuleFunction:
+    """One method of a module in one mode, as a function of weights and arguments."""
 
     def __init__(self, module: "FunctionalModule", method: str, pool: SkeletonPool):
-        self._module, self._method, self._pool = module, method, pool
         self._names = sorted(module.specs)
-        self.state_operands = tuple(i for i, name in enumerate(self._names) if module.specs[name].kind == "buffers")
-        self.trainable_operands = tuple(i for i, n in enumerate(self._names) if module.specs[n].kind == "params")
-        self.key_remedy, self.is_loose = module.key_remedy, bool(hooks_of(module.skeleton))
-        self._assigned: set[int] = set()
-        self._changed_later: set[int] = set()  # state operands that runs have changed, unlike all observations
-        name = module.name if method == "forward" else f"{module.name}.{method}"
-        super().__init__(getattr(module.skeleton, method), name=name, **module.options)
+        self.function = TorchFunction(_Method(module, method, pool, self._names), module.options)
 
     def call(
         self, weights: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, key: Any, stateful: bool
     ) -> tuple[Any, dict[str, Any]]:
         """The output, and the buffers that the call changes, by name; without `stateful` such a call is refused."""
-        leading = {name: weights.get(name) for name in self._names}
+        leading, signature = {name: weights.get(name) for name in self._names}, self.function.signature
         missing = [name for name, leaf in leading.items() if leaf is None]
         if missing:
             raise TypeError(
-                f"{self.name}: leaf {missing[0]!r} is missing from the model. If it was taken apart, put it together "
-                "again before the call, e.g. by `eqx.combine(params, static)`."
+                f"{self.function.name}: leaf {missing[0]!r} is missing from the model. If it was taken apart, put it "
+                "together again before the call, e.g. by `eqx.combine(params, static)`."
             )
-        if key is not None and self._signature.wants_key(key, args):
+        if key is not None and signature.wants_key(key, args):
             key, kwargs = None, {**kwargs, "key": key}
-        output, state = self.apply(Arguments(args, kwargs, self._signature, leading), key, stateful=stateful)
+        output, state = self.function.apply(Arguments(args, kwargs, signature, leading), key, stateful=stateful)
         return output, {self._names[i]: x for i, x in state.items()}
+
+
+@final
+class _Method(Target):
+    """A method, whose leading operands are the weights, sorted by name."""
+
+    def __init__(self, module: "FunctionalModule", method: str, pool: SkeletonPool, names: Sequence[str]):
+        self._module, self._method, self._pool, self._names = module, method, pool, names
+        self.callable = getattr(module.skeleton, method)
+        self.name = module.name if method == "forward" else f"{module.name}.{method}"
+        self.key_remedy, self.is_loose = module.key_remedy, bool(hooks_of(module.skeleton))
+        self._state = [i for i, name in enumerate(names) if module.specs[name].kind == "buffers"]
+        self._assigned: set[int] = set()
+        self._changed_later: set[int] = set()  # state operands that runs have changed, unlike all observations
+
+    def operands(self, arguments: Arguments) -> list[Operand]:
+        """Each weight in its own torch dtype, unless the user cast the leaf to another one."""
+        weights = [self._weight(n, a) for n, a in zip(self._names, arguments.avals, strict=False)]
+        given = arguments_as_operands(arguments)
+        if self._module.computes_in_double:  # which JAX may lack, as it lacks int64
+            given = [replace(x, dtype=_DOUBLE.get(x.dtype, x.dtype)) for x in given]
+        return weights + given
+
+    def _weight(self, name: str, aval: Aval) -> Operand:
+        spec = self._module.specs[name]
+        is_uncast = aval.dtype == dtypes.canonical(spec.dtype)
+        dtype = spec.dtype if is_uncast else dtypes.to_torch_dtype(aval.dtype)
+        return Operand(name, aval, dtype, is_state=spec.kind == "buffers", is_trainable=spec.kind == "params")
+
+    def foreign(self) -> dict[int, str]:
+        return self._module.foreign()
+
+    def explained(self, failure: ForeignTensorError) -> TorchCallError:
+        return refuse_foreign(self.name, failure, self._module.originals.named(), self._module.stand_ins)
 
     def runner(self, fill: Filler, found: Trace, *, stateful: bool) -> Flat:
         n_weights, pool = len(self._names), self._pool
@@ -122,7 +150,7 @@ class ModuleFunction(TorchFunction):
             if self._module.channels_last:
                 output = to_flax_layout(output)
             self._pool.give_back(skeleton)  # one in which the forward failed is not used again
-            return output, [after[i] for i in self.state_operands]
+            return output, [after[i] for i in self._state]
 
         return observe
 
@@ -145,7 +173,7 @@ class ModuleFunction(TorchFunction):
             where = _innermost_submodule(module, exc)
             raise RandomnessError(f"{exc} It was drawn in {where}.") if where else exc from None
         replaced = skeleton.unload()
-        if not replaced.keys() <= {*self.state_operands}:
+        if not replaced.keys() <= {*self._state}:
             self._refuse_changes(replaced)
         attribute = next(stray_tensors(module, aliasing=inputs), None)
         if attribute is not None:
@@ -162,27 +190,6 @@ class ModuleFunction(TorchFunction):
         """The method; of `forward` with its hooks, as a call of the module."""
         return module if self._method == "forward" else getattr(module, self._method)
 
-    def foreign(self) -> dict[int, str]:
-        return self._module.foreign()
-
-    def _specialize(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super()._specialize(*args, **kwargs)
-        except ForeignTensorError as exc:
-            raise refuse_foreign(self.name, exc, self._module.originals.named(), self._module.stand_ins) from exc
-
-    def operand_dtypes(self, avals: Sequence[Aval]) -> list[torch.dtype]:
-        """Each weight's own torch dtype, unless the user cast the leaf to another one."""
-        specs = [self._module.specs[name] for name in self._names]
-        restored = [
-            s.dtype if a.dtype == dtypes.canonical(s.dtype) else dtypes.to_torch_dtype(a.dtype)
-            for a, s in zip(avals, specs, strict=False)
-        ]
-        given = super().operand_dtypes(avals[len(specs) :])
-        if self._module.computes_in_double:  # which JAX may lack, as it lacks int64
-            given = [_DOUBLE.get(dtype, dtype) for dtype in given]
-        return restored + given
-
     def check(self, found: Trace, *, stateful: bool) -> Trace:
         if stateful:
             state = {*found.state, *self._changed_later} if found.watched else found.state
@@ -195,7 +202,6 @@ class ModuleFunction(TorchFunction):
         if not stateful:
             self._refuse_changes(operands)
         self._changed_later |= {*operands}
-        self._specialized.clear()  # what is traced from now on returns their values, too
         names = ", ".join(f"`{self._names[i]}`" for i in sorted(operands))
         raise StateError(
             f"{self.name} changes buffer {names} for these values, but not for those that it was traced with, so that "
