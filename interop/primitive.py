@@ -15,7 +15,7 @@ from jax.interpreters import ad, batching, mlir, partial_eval
 from . import sharding
 from .calls.base import Base
 from .calls.batching import Vmap, vmap
-from .calls.call import TorchCall, take
+from .calls.call import Computation, TorchCall, take
 from .calls.derivative import Jvp, Vjp, linearize
 from .calls.handles import HANDLE
 from .calls.per_example import PerExampleVjp, over_batch
@@ -196,6 +196,7 @@ def _batch(operands: Sequence[Any], dims: Sequence[Any], *, call: TorchCall) -> 
         outs, out_dims = _batch(take(operands, kept), take(in_dims, kept), call=inner)
         handles = [jnp.zeros(aval.shape, aval.dtype) for aval in call.out_avals[len(outs) :]]
         return [*outs, *handles], [*out_dims, *(None for _ in handles)]
+    assert isinstance(call, Computation)  # all others make or take a graph
     batched = vmap(call, in_dims, size)
     return bind(batched, *operands), list(batched.out_dims)
 

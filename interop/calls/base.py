@@ -12,7 +12,8 @@ from ..modes.kernels import UNRECORDED
 from ..types import Aval, CallOptions, Checkpoints, Operand, Tensors
 from ..values.dtypes import is_inexact
 from . import scope
-from .call import TorchCall
+from .call import Computation
+from .execution import Execution, Planned
 from .plan import Plan
 
 
@@ -49,7 +50,7 @@ class Facts:
     """Storages that must not be met, each with what it is (`traceable.py`)."""
 
 
-class Base(TorchCall):
+class Base(Computation):
     """A user's torch callable over flat tensors.
 
     **Arguments:**
@@ -91,8 +92,11 @@ class Base(TorchCall):
     def compute(self, plan: Plan, *tensors: torch.Tensor) -> Tensors:
         return self.run(*tensors)
 
-    def fewer_examples(self) -> "TorchCall":
+    def fewer_examples(self) -> Computation:
         return self
+
+    def _execution(self) -> Execution:
+        return Planned(self)
 
     def run(self, *tensors: torch.Tensor) -> Tensors:
         """What the callable returns, in torch's modes of this moment."""

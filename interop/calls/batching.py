@@ -18,13 +18,14 @@ from ..modes.trial import trial_run
 from ..types import Aval, Tensors, VmapMethod
 from ..values import dtypes
 from . import scope
-from .call import Level, Linearized, TorchCall, take
+from .call import Computation, Level, Linearized, TorchCall, take
+from .execution import Execution, Planned
 from .plan import Plan
 
 Dims = tuple[int | None, ...]
 
 
-def vmap(call: TorchCall, in_dims: Dims, size: int) -> "Vmap":
+def vmap(call: Computation, in_dims: Dims, size: int) -> "Vmap":
     """`call` over a batch of `size`, its outputs batched along axis 0; state that all examples share is not.
 
     Raises `StateError` where examples would change shared state each in its own way.
@@ -44,9 +45,9 @@ def vmap(call: TorchCall, in_dims: Dims, size: int) -> "Vmap":
 class Vmap(Level):
     """`inner` over a batch axis, at `in_dims` of its operands and `out_dims` of its outputs."""
 
-    def __init__(self, inner: TorchCall, in_dims: Dims, out_dims: Dims, size: int, method: VmapMethod):
+    def __init__(self, inner: Computation, in_dims: Dims, out_dims: Dims, size: int, method: VmapMethod):
         super().__init__()
-        self.inner, self.in_dims, self.out_dims = inner, in_dims, out_dims
+        self.inner, self.in_dims, self.out_dims, self.name = inner, in_dims, out_dims, f"vmap({inner.name})"
         self.size, self.method = size, method
         self.base, self.depth, self.state = inner.base, inner.depth + 1, inner.state
         self.linear_operands, self.directions = inner.linear_operands, inner.directions
@@ -59,17 +60,16 @@ class Vmap(Level):
         self.in_axes = tuple(_batched_axes(a, d, own) for a, d in zip(inner.in_axes, in_dims, strict=True))
         self.out_axes = tuple(_batched_axes(a, d, own) for a, d in zip(inner.out_axes, out_dims, strict=True))
 
-    @property
-    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return f"vmap({self.inner.name})"
+    def _execution(self) -> Execution:
+        return Planned(self)
 
     def explore(self) -> None:
         if self._way is _natively:
-            self._batch_axes  # noqa: B018 (a trial run)
+            self.derive(_find_batch_axes)
         elif self._way is _merged:
             self._merged_call.explore()
 
-    def fewer_examples(self) -> TorchCall:
+    def fewer_examples(self) -> Computation:
         size = min(self.size, 2) if self._way is _by_examples else self.size
         return self.inner.fewer_examples().derive(Vmap, self.in_dims, self.out_dims, size, self.method)
 
@@ -109,11 +109,6 @@ class Vmap(Level):
             y if i in self._shared else y.sum(0) if d is None else y.movedim(0, d)
             for i, (y, d) in enumerate(zip(batched, self.out_dims, strict=True))
         )
-
-    @cached_property
-    def _batch_axes(self) -> tuple[int, ...]:
-        """Where a natively batched callable leaves the batch: hidden states of recurrent layers have it second."""
-        return _find_batch_axes(self)
 
     @cached_property
     def _way(self) -> "Callable[..., Tensors]":
@@ -159,7 +154,10 @@ class Vmap(Level):
 
 
 def _find_batch_axes(call: Vmap) -> tuple[int, ...]:
-    """The axis of each output that grows with the batch; 0 where fake tensors cannot tell."""
+    """Where a natively batched callable leaves the batch: hidden states of recurrent layers have it second.
+
+    The axis of each output that grows with it; 0 where fake tensors cannot tell.
+    """
     avals, shapes = call.inner.out_avals, []
     size = 1 + max((n for aval in avals for n in aval.shape), default=0)  # a size that no other axis has
     in_avals = [
@@ -228,12 +226,11 @@ _NO_SCOPE = contextlib.nullcontext()
 
 def _natively(call: Vmap, plan: Plan, *tensors: torch.Tensor) -> Tensors:
     """One call of a natively batched function, shared operands as they are."""
-    outs = call.inner.compute(plan, *tensors)
-    for i, (y, axis) in enumerate(zip(outs, call._batch_axes, strict=True)):
+    outs, axes = call.inner.compute(plan, *tensors), call.derive(_find_batch_axes)
+    for i, (y, axis) in enumerate(zip(outs, axes, strict=True)):
         _check_batched(call, i, tuple(y.shape), axis, call.size)
     return tuple(
-        y if i in call._shared else y.movedim(axis, 0)
-        for i, (y, axis) in enumerate(zip(outs, call._batch_axes, strict=True))
+        y if i in call._shared else y.movedim(axis, 0) for i, (y, axis) in enumerate(zip(outs, axes, strict=True))
     )
 
 

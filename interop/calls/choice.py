@@ -12,7 +12,7 @@ from .proof import disagreement
 
 if TYPE_CHECKING:
     from ..types import Tensors
-    from .call import TorchCall
+    from .call import Computation
 
 
 class Choice:
@@ -33,14 +33,14 @@ class Choice:
         """Whether the call was about to run."""
         return self._rest is not None
 
-    def prepare(self, call: "TorchCall") -> None:
+    def prepare(self, call: "Computation") -> None:
         """Choose the fastest plan for which torch has the rules."""
         with self._lock:
             if self._rest is None:
                 self._rest, self.reasons = list(candidates(call)), []
                 self._advance(call)
 
-    def settle(self, call: "TorchCall", tensors: "Tensors") -> None:
+    def settle(self, call: "Computation", tensors: "Tensors") -> None:
         """Choose the fastest plan that is right on these operands: at a first run, outside all transforms."""
         with self._lock:
             self.prepare(call)
@@ -51,14 +51,14 @@ class Choice:
                 else:
                     self.reject(call, self.plan, reason)
 
-    def reject(self, call: "TorchCall", plan: Plan, reason: str) -> None:
+    def reject(self, call: "Computation", plan: Plan, reason: str) -> None:
         """Give up a plan that has failed, for the next one."""
         with self._lock:
             if self.plan == plan:  # else another thread did
                 self._give_up(plan, reason)
                 self._advance(call)
 
-    def _advance(self, call: "TorchCall") -> None:
+    def _advance(self, call: "Computation") -> None:
         """Take the next plan that passes a trial."""
         assert self._rest
         while (plan := self._rest.pop(0)).core:
@@ -80,7 +80,7 @@ class Choice:
             self._rest.insert(0, replace(plan, real_zeros=True))
 
 
-def _tell_of_loops(call: "TorchCall", choice: Choice) -> None:
+def _tell_of_loops(call: "Computation", choice: Choice) -> None:
     """Warn, once, of a batch that runs as a loop; refuse it where the user wants none."""
     looped = [level for level in call.levels() if level.transform == "vmap" and not _vectorises(choice.plan, level)]
     if not looped:
@@ -92,5 +92,5 @@ def _tell_of_loops(call: "TorchCall", choice: Choice) -> None:
     looped[0].tell_of_loop(because)
 
 
-def _vectorises(plan: Plan, level: "TorchCall") -> bool:
+def _vectorises(plan: Plan, level: "Computation") -> bool:
     return level.depth <= plan.core and plan.batched

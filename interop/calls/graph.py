@@ -21,7 +21,7 @@ from ..modes.kernels import compiling
 from ..replay.repeated import Repeated
 from ..types import Tensors
 from ..values.memory import storage_of
-from .call import TorchCall
+from .call import Computation
 from .plan import Plan
 from .reverse import dense
 from .scope import Scope
@@ -49,7 +49,7 @@ class Tape:
 class Graph:
     """The autograd graph of one forward call of `call`, made for the `batch` of a `Save`."""
 
-    def __init__(self, call: TorchCall, active: tuple[int, ...], batch: Batch | None, repeated: Repeated | None = None):
+    def __init__(self, call: Computation, active: tuple[int, ...], batch: Batch | None, repeated: Repeated | None):
         self._call, self._active, self._batch = call, active, batch
         self._repeated, self._recorder = repeated, None if repeated is None else repeated.recorder()
         self._saved, self._scope = _Saved(), Scope() if call.base.reenters else None

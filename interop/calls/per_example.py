@@ -10,8 +10,10 @@ from . import residuals
 from .batching import vmap
 from .call import TorchCall, take
 from .derivative import Vjp
+from .execution import Execution, planned
 from .graph import Graph
 from .handles import HANDLE
+from .live import pullback
 from .save import Save
 
 
@@ -23,16 +25,40 @@ class PerExampleVjp(TorchCall):
 
     def __init__(self, vjp: Vjp, in_dims: tuple[int | None, ...], size: int):
         super().__init__()
-        self._vjp, self._in_dims, self._size, self.handle_operand = vjp, in_dims, size, vjp.handle_operand
-        inner, self._kept = vjp.recomputing()
-        self._plain = vmap(inner, take(in_dims, self._kept), size)
-        self._batch = (in_dims[: vjp.n_inner], size)
-        self._out_dims = tuple(d or 0 for d in take(in_dims, vjp.active))
-        self.base, self.differentiated, self.operations = vjp.base, True, self._plain.operations
+        self.vjp, self._in_dims, self._size, self.handle_operand = vjp, in_dims, size, vjp.handle_operand
+        inner, self.kept = vjp.recomputing()
+        self.plain = vmap(inner, take(in_dims, self.kept), size)
+        self.batch = (in_dims[: vjp.n_inner], size)
+        self.out_dims = tuple(d or 0 for d in take(in_dims, vjp.active))
+        self.base, self.differentiated, self.operations = vjp.base, True, self.plain.operations
         self.name = f"vmap({vjp.name})"
-        self.out_avals = self._plain.out_avals
-        avals = dict(zip(self._kept, self._plain.in_avals, strict=True))
+        self.out_avals = self.plain.out_avals
+        avals = dict(zip(self.kept, self.plain.in_avals, strict=True))
         self.in_avals = tuple(avals.get(i, HANDLE) for i in range(len(vjp.in_avals)))
+
+    def _execution(self) -> Execution:
+        return PerExampleExecution(self)
+
+    def batched(self, tensors: Tensors) -> Iterator[torch.Tensor]:
+        """Cotangents of each example, along axis 0."""
+        n_primals = self.vjp.n_primals
+        for ct, d in zip(tensors[n_primals:], self._in_dims[n_primals:], strict=True):
+            yield ct.expand(self._size, *ct.shape) if d is None else ct.movedim(d, 0)
+
+    def select(self, used: tuple[int, ...]) -> tuple[TorchCall, tuple[int, ...]] | None:
+        smaller, operands = self.vjp.select(used)
+        return smaller.derive(PerExampleVjp, self._in_dims, self._size), operands
+
+    def graphless(self) -> tuple[TorchCall, tuple[int, ...]]:
+        return self.plain, self.kept
+
+
+class PerExampleExecution(Execution):
+    """The graph of the batch, if it is there, gives the gradients; else the forward runs again."""
+
+    def __init__(self, call: PerExampleVjp):
+        super().__init__(call)
+        self._of, self._plain = call, planned(call.plain)
 
     @property
     def plain_kernels(self) -> frozenset[str]:
@@ -46,36 +72,24 @@ class PerExampleVjp(TorchCall):
         return False  # it has a graph
 
     def execute(self, *tensors: torch.Tensor) -> Tensors:
-        n_inner = self._vjp.n_inner
-        graph = residuals.take_graph(tensors[n_inner])
-        if not isinstance(graph, Graph) or not graph.gives(self._vjp.active, self._batch):
-            return self._plain.execute(*take(tensors, self._kept))
-        grads = self._vjp.pullback(graph, (*tensors[: n_inner + 1], *self._batched(tensors)))
-        return tuple(g.movedim(d, 0) for g, d in zip(grads, self._out_dims, strict=True))
+        call, vjp = self._of, self._of.vjp
+        graph = residuals.take_graph(tensors[vjp.n_inner])
+        if not isinstance(graph, Graph) or not graph.gives(vjp.active, call.batch):
+            return self._plain.execute(*take(tensors, call.kept))
+        grads = pullback(vjp, graph, (*tensors[: vjp.n_inner + 1], *call.batched(tensors)))
+        return tuple(g.movedim(d, 0) for g, d in zip(grads, call.out_dims, strict=True))
+
+    def repeat(self, *tensors: torch.Tensor) -> Tensors:
+        return self.execute(*tensors)
 
     def replay(self, operands: Tensors, results: Tensors) -> bool:
-        n_inner = self._vjp.n_inner
-        tape = residuals.take_tape(operands[n_inner], self._vjp.active, self._vjp.outs, self._batch)
+        call, vjp = self._of, self._of.vjp
+        tape = residuals.take_tape(operands[vjp.n_inner], vjp.active, vjp.outs, call.batch)
         if tape is None:
             return False
-        batched = self._batched(operands)
-        tape.replay(
-            operands[:n_inner], batched, (r.movedim(0, d) for r, d in zip(results, self._out_dims, strict=True))
-        )
+        moved = (r.movedim(0, d) for r, d in zip(results, call.out_dims, strict=True))
+        tape.replay(operands[: vjp.n_inner], call.batched(operands), moved)
         return True
-
-    def _batched(self, tensors: Tensors) -> Iterator[torch.Tensor]:
-        """Cotangents of each example, along axis 0."""
-        n_primals = self._vjp.n_primals
-        for ct, d in zip(tensors[n_primals:], self._in_dims[n_primals:], strict=True):
-            yield ct.expand(self._size, *ct.shape) if d is None else ct.movedim(d, 0)
-
-    def select(self, used: tuple[int, ...]) -> tuple[TorchCall, tuple[int, ...]] | None:
-        smaller, operands = self._vjp.select(used)
-        return smaller.derive(PerExampleVjp, self._in_dims, self._size), operands
-
-    def graphless(self) -> tuple[TorchCall, tuple[int, ...]]:
-        return self._plain, self._kept
 
 
 def over_batch(call: TorchCall, in_dims: tuple[int | None, ...], size: int) -> TorchCall | None:
@@ -86,7 +100,7 @@ def over_batch(call: TorchCall, in_dims: tuple[int | None, ...], size: int) -> T
     """
     if isinstance(call, Save) and call.batch is None and call.base.options.vmap_method != "batched":
         live = call.inner.derive(Save, call.active, (in_dims, size))
-        return None if live.operations <= SMALL and live.is_repeatable else live
+        return None if live.operations <= SMALL and live.execution.is_repeatable else live
     if isinstance(call, Vjp) and call.live and in_dims[call.n_inner] is None:
         forward = over_batch(call.inner.derive(Save, call.active), in_dims[: call.n_inner], size)
         return None if forward is None else call.derive(PerExampleVjp, in_dims, size)

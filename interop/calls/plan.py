@@ -15,7 +15,7 @@ from ..modes.kernels import SCRIPTED
 from .reverse import Rows
 
 if TYPE_CHECKING:
-    from .call import TorchCall
+    from .call import Computation
 
 Transform = Literal["jvp", "vjp", "vmap"]
 
@@ -44,12 +44,12 @@ CERTAIN = Plan()
 """torch.autograd and loops alone."""
 
 
-def needs_audit(call: "TorchCall") -> bool:
+def needs_audit(call: "Computation") -> bool:
     """Whether torch.autograd, if it alone differentiates, has to differentiate gradients of its own."""
     return len(call.derivatives) > 1 or "jvp" in call.derivatives
 
 
-def candidates(call: "TorchCall") -> Iterator[Plan]:
+def candidates(call: "Computation") -> Iterator[Plan]:
     """Plans for a call, the fastest first; the last raises where torch has no derivative."""
     levels = call.levels()
     # TorchScript's optimiser cuts graphs of gradients off, from the second run on, where torch.func differentiates.

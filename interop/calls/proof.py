@@ -24,7 +24,7 @@ from .plan import Plan
 
 if TYPE_CHECKING:
     from ..types import Tensors
-    from .call import TorchCall
+    from .call import Computation
 
 _CLOSE = 1e-2
 """How far away the second point is, in relation to the largest operand."""
@@ -37,7 +37,7 @@ _OF_DIFFERENCES = {4: 5e-2, 8: 1e-4}
 _MOST_BYTES = 2**30
 
 
-def disagreement(call: "TorchCall", plan: Plan, tensors: "Tensors") -> str | None:
+def disagreement(call: "Computation", plan: Plan, tensors: "Tensors") -> str | None:
     """What speaks against a plan, on the operands of a first run or on the first few of them; None if nothing does.
 
     Raises what the call raises by any plan.
@@ -60,7 +60,7 @@ def disagreement(call: "TorchCall", plan: Plan, tensors: "Tensors") -> str | Non
     return objection
 
 
-def _objection(call: "TorchCall", plan: Plan, operands: "Tensors") -> str | None:
+def _objection(call: "Computation", plan: Plan, operands: "Tensors") -> str | None:
     """What speaks against a plan on the operands of a few examples."""
     if not plan.core:
         return _cut(call, plan, operands)
@@ -71,7 +71,7 @@ def _objection(call: "TorchCall", plan: Plan, operands: "Tensors") -> str | None
     return objection
 
 
-def _cut(call: "TorchCall", plan: Plan, operands: "Tensors") -> str | None:
+def _cut(call: "Computation", plan: Plan, operands: "Tensors") -> str | None:
     """Why torch.autograd cannot differentiate its gradients; None if it can."""
     rows = "always" if plan.rows == "always" else "never"
     try:
@@ -83,7 +83,7 @@ def _cut(call: "TorchCall", plan: Plan, operands: "Tensors") -> str | None:
     return None
 
 
-def _compare(call: "TorchCall", plan: Plan, operands: "Tensors") -> tuple[str | None, bool]:
+def _compare(call: "Computation", plan: Plan, operands: "Tensors") -> tuple[str | None, bool]:
     """What speaks against a plan on some operands, and whether something would be seen to."""
     try:
         expected, tolerance = _expected(call, operands)
@@ -102,7 +102,7 @@ def _compare(call: "TorchCall", plan: Plan, operands: "Tensors") -> tuple[str | 
     return objection, all(map(_has_values, expected))
 
 
-def _expected(call: "TorchCall", operands: "Tensors") -> tuple["Tensors", float]:
+def _expected(call: "Computation", operands: "Tensors") -> tuple["Tensors", float]:
     """What the call gives for certain, and how far off other results may be, in relation to the largest value."""
     n_bytes = _precision(call, operands)
     products = [level.depth for level in call.levels() if level.transform == "jvp"]
@@ -116,7 +116,7 @@ def _expected(call: "TorchCall", operands: "Tensors") -> tuple["Tensors", float]
     return call.compute(Plan(rows="never", audited=True, differences=products[0]), *operands), _OF_DIFFERENCES[n_bytes]
 
 
-def _rounding(call: "TorchCall", operands: "Tensors", expected: "Tensors") -> list[float]:
+def _rounding(call: "Computation", operands: "Tensors", expected: "Tensors") -> list[float]:
     """How much each output changes with operands that change in their last digits."""
     distances = [0.0] * len(expected)
     for amount in _ROUNDING[_precision(call, operands)]:
@@ -127,7 +127,7 @@ def _rounding(call: "TorchCall", operands: "Tensors", expected: "Tensors") -> li
     return distances
 
 
-def _without_comparison(call: "TorchCall", plan: Plan, operands: "Tensors", failure: Exception) -> str:
+def _without_comparison(call: "Computation", plan: Plan, operands: "Tensors", failure: Exception) -> str:
     """What speaks against a plan where nothing can vouch for it, because of `failure`."""
     try:
         call.compute(plan, *operands)
@@ -142,7 +142,7 @@ def _without_comparison(call: "TorchCall", plan: Plan, operands: "Tensors", fail
 # --- operands --------------------------------------------------------------------------------------
 
 
-def _with_directions(call: "TorchCall", operands: "Tensors") -> "Tensors":
+def _with_directions(call: "Computation", operands: "Tensors") -> "Tensors":
     """Operands with random ones in the place of tangents and cotangents, which may be left out, or are many."""
     if len(operands) == len(call.in_avals) and _are_large(operands):
         return operands
@@ -158,7 +158,7 @@ def _with_directions(call: "TorchCall", operands: "Tensors") -> "Tensors":
     return tuple(direction(i) if i in call.directions else operands[i] for i in range(len(call.in_avals)))
 
 
-def _moved(call: "TorchCall", operands: "Tensors", amount: float) -> "Tensors":
+def _moved(call: "Computation", operands: "Tensors", amount: float) -> "Tensors":
     """Operands at another point, with the same tangents and cotangents."""
     generator = torch.Generator(operands[0].device).manual_seed(1)
 
@@ -172,7 +172,7 @@ def _moved(call: "TorchCall", operands: "Tensors", amount: float) -> "Tensors":
     )
 
 
-def _examples_differ(call: "TorchCall", operands: "Tensors") -> bool:
+def _examples_differ(call: "Computation", operands: "Tensors") -> bool:
     """Whether every batch has examples that differ."""
     differ: dict[int, bool] = {}
     for i, (x, axes) in enumerate(zip(operands, call.in_axes, strict=True)):
@@ -222,6 +222,6 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
-def _precision(call: "TorchCall", operands: "Tensors") -> int:
+def _precision(call: "Computation", operands: "Tensors") -> int:
     """The bytes of the least precise real number that a call computes with."""
     return min(call.base.facts.precision, precision_of(operands))

@@ -11,35 +11,60 @@ import torch
 from ..replay.repeated import Repeated
 from ..types import Tensors
 from .batching import vmap
-from .call import Level, TorchCall
+from .call import Computation, TorchCall
 from .derivative import Vjp
+from .execution import Execution, planned
 from .graph import Batch, Graph, Tape
 from .handles import HANDLE, handle_of, number_of
 from .residuals import Shelf, drop, hand_over
 
 
-class Save(Level):
+class Save(TorchCall):
     """`inner`, with one more output: the handle of its autograd graph with respect to `active`.
 
     With a `batch`, the same over a batch axis, its graph giving the gradients of each example.
     """
 
-    def __init__(self, inner: TorchCall, active: tuple[int, ...], batch: Batch | None = None):
+    def __init__(self, inner: Computation, active: tuple[int, ...], batch: Batch | None = None):
         super().__init__()
         self.inner, self.active, self.batch, self.base = inner, active, batch, inner.base
-        self._plain = inner if batch is None else vmap(inner, *batch)
+        self.plain = inner if batch is None else vmap(inner, *batch)
         self._shared = () if batch is None else tuple(i for i in active if batch[0][i] is None)
-        self._graphed = self._plain
+        self.graphed = self.plain
         if batch is not None:
             dims, size = batch
-            self._graphed = vmap(inner, tuple(0 if i in self._shared else d for i, d in enumerate(dims)), size)
+            self.graphed = vmap(inner, tuple(0 if i in self._shared else d for i, d in enumerate(dims)), size)
         # What the graph will be used for: by its plan the graph is made, for the values of a plan may be right and its
         # gradients wrong.
-        self._gradient = self._graphed.derive(Vjp, active, self._graphed.inexact_outs, False)
-        self.operations = self._graphed.operations
-        self.name = f"save({self._plain.name})"
-        self.in_avals, self.out_avals = self._plain.in_avals, (*self._plain.out_avals, HANDLE)
+        self.gradient = self.graphed.derive(Vjp, active, self.graphed.inexact_outs, False)
+        self.operations = self.graphed.operations
+        self.name = f"save({self.plain.name})"
+        self.in_avals, self.out_avals = self.plain.in_avals, (*self.plain.out_avals, HANDLE)
         self.makes_handle = True
+
+    def _execution(self) -> Execution:
+        return SaveExecution(self)
+
+    def select(self, used: tuple[int, ...]) -> tuple[TorchCall, tuple[int, ...]] | None:
+        return None if len(self.out_avals) - 1 in used else self.graphless()
+
+    def graphless(self) -> tuple[TorchCall, tuple[int, ...]]:
+        return self.plain, tuple(range(len(self.in_avals)))
+
+    def each(self, tensors: Tensors) -> Tensors:
+        """Shared operands once for each example."""
+        if self.batch is None:
+            return tensors
+        size = self.batch[1]
+        return tuple(x.expand(size, *x.shape) if i in self._shared else x for i, x in enumerate(tensors))
+
+
+class SaveExecution(Execution):
+    """Keeps graphs, or recordings, as long as that is possible and somebody wants them."""
+
+    def __init__(self, call: Save):
+        super().__init__(call)
+        self._save, self._plain, self._gradient = call, planned(call.plain), planned(call.gradient)
         self._shelf = Shelf()
         self._keepable: bool | None = None  # known after the first run
 
@@ -47,19 +72,18 @@ class Save(Level):
     def plain_kernels(self) -> frozenset[str]:
         return self._gradient.plain_kernels
 
-    def prepare(self) -> None:
-        self._gradient.prepare()
-        if self.base.is_loose and self.batch is not None:
-            self._keepable = False
-
     @property
     def recordable(self) -> bool:
         return self._gradient.recordable
 
     @property
     def recomputes(self) -> bool:
-        """Whether its graph could not be kept, so that backward calls run the forward again."""
         return self._keepable is False
+
+    def prepare(self) -> None:
+        self._gradient.prepare()
+        if self.call.base.is_loose and self._save.batch is not None:
+            self._keepable = False
 
     @property
     def _keeps(self) -> bool:
@@ -67,12 +91,12 @@ class Save(Level):
         return self._keepable is not False and not self._shelf.is_vain
 
     def execute(self, *tensors: torch.Tensor) -> Tensors:
-        return self._save(tensors, None) if self._keeps else (*self._plain.execute(*tensors), handle_of(0))
+        return self._run(tensors, None) if self._keeps else (*self._plain.execute(*tensors), handle_of(0))
 
     def repeat(self, *tensors: torch.Tensor) -> Tensors:
         if not self._keeps:
             return *self._plain.repeat(*tensors), handle_of(0)
-        return self._save(tensors, self.repeated_on(tensors[0].device))
+        return self._run(tensors, self.repeated_on(tensors[0].device))
 
     def replay(self, operands: Tensors, results: Tensors) -> bool:
         if not self._keeps:
@@ -82,13 +106,14 @@ class Save(Level):
         if repeated is None or repeated.replays is None:
             return False
         kept = repeated.replays[0]([], *operands, *results[:-1])
-        hand_over(results[-1], self._shelf.put(Tape(repeated, kept, self.batch)))
+        hand_over(results[-1], self._shelf.put(Tape(repeated, kept, self._save.batch)))
         return True
 
-    def _save(self, tensors: Tensors, repeated: Repeated | None) -> Tensors:
-        graph = Graph(self._graphed, self.active, self.batch, repeated)
+    def _run(self, tensors: Tensors, repeated: Repeated | None) -> Tensors:
+        call = self._save
+        graph = Graph(call.graphed, call.active, call.batch, repeated)
         try:
-            outs = self._gradient.by_plan(self._each(tensors), lambda plan: graph.forward(plan, tensors, self._each))
+            outs = self._gradient.by_plan(call.each(tensors), lambda plan: graph.forward(plan, tensors, call.each))
             keepable = self._keepable or not graph.holds(tensors)
         except Exception:  # torch.func transforms in the callable refuse saved tensor hooks, for instance
             if self._keepable:
@@ -100,16 +125,3 @@ class Save(Level):
     def forget(self, results: Tensors) -> None:
         drop(number_of(results[-1]))
         self._keepable = False
-
-    def _each(self, tensors: Tensors) -> Tensors:
-        """Shared operands once for each example."""
-        if self.batch is None:
-            return tensors
-        size = self.batch[1]
-        return tuple(x.expand(size, *x.shape) if i in self._shared else x for i, x in enumerate(tensors))
-
-    def select(self, used: tuple[int, ...]) -> tuple[TorchCall, tuple[int, ...]] | None:
-        return None if len(self.out_avals) - 1 in used else self.graphless()
-
-    def graphless(self) -> tuple[TorchCall, tuple[int, ...]]:
-        return self._plain, tuple(range(len(self.in_avals)))

@@ -35,7 +35,7 @@ _TARGET = "torchleaf_call"
 def lower(ctx: mlir.LoweringRuleContext, *operands: Any, call: TorchCall, repeats: bool) -> Any:
     """MLIR lowering of one torch call. The executable of a program that `repeats` it keeps it alive."""
     _Forks.refuse()
-    call.prepare()
+    call.execution.prepare()
     threads.settle()
     if repeats:
         ctx.module_context.add_keepalive(call)

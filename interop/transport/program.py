@@ -17,8 +17,9 @@ from typing import Any
 import jax.numpy as jnp
 import torch
 
-from ..calls.call import TorchCall, execute
+from ..calls.call import TorchCall
 from ..calls.cycles import free_circular_graphs
+from ..calls.execution import execute
 from ..calls.handles import is_signed, number_in, sign
 from ..calls.residuals import discard, hand_over
 from ..errors import TorchCallError, runtime_message
@@ -129,7 +130,7 @@ class Program:
         if _holders(operands) != before:
             gc.collect()  # reference cycles are not escapes
             if _escaped(operands, before):
-                call.forget(buffers[self._n_buffers :])
+                call.execution.forget(buffers[self._n_buffers :])
             if _escaped(operands, before):
                 free_circular_graphs({storage_of(x) for x in operands})
             self._refuse_escapes(call, _escaped(operands, before))
@@ -138,7 +139,7 @@ class Program:
         """Whether earlier runs of the call gave the results."""
         try:
             with ops_alone():
-                return call.replay(buffers[: self._n_buffers], buffers[self._n_buffers :])
+                return call.execution.replay(buffers[: self._n_buffers], buffers[self._n_buffers :])
         except Exception:
             return False  # the call as it is raises it from the user's own code
 
@@ -181,7 +182,7 @@ class InFlow(Program):
     def __init__(self, call: TorchCall, flow: HandleFlow):
         super().__init__(call, repeats=True)
         plain, kept = _graphless(call)
-        plain.prepare()
+        plain.execution.prepare()
         self._plain = Program(plain, repeats=True)
         first = [0, *itertools.accumulate(1 + parts for parts in self._in_parts)]
         self._kept = [n for i in kept for n in range(first[i], first[i + 1])]

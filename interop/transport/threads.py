@@ -48,7 +48,9 @@ class _PythonState(threading.local):
 
     def __init__(self) -> None:
         ctypes.pythonapi.PyGILState_Ensure()
-        self.is_kept = True
+
+    def keep(self) -> None:
+        """Be made, which happens when a thread first asks for anything of it."""
 
 
 _python_state = _PythonState()
@@ -56,7 +58,7 @@ _python_state = _PythonState()
 
 def keep_python_state() -> None:
     """Keep what Python knows of this thread until it ends: to make it anew takes as long as a small call."""
-    _python_state.is_kept  # noqa: B018 (made when a thread first asks for it)
+    _python_state.keep()
 
 
 def settle() -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from warnings import WarningMessage
 
 from ...interop.calls.call import TorchCall
-from ...interop.calls.save import Save
+from ...interop.calls.execution import Planned
 from .jax_side import Ours
 
 _OURS = ("vmap of ", "torchleaf")
@@ -21,13 +21,15 @@ def remarks(made: Iterable[Ours], caught: Iterable[WarningMessage]) -> list[str]
 
 def _of_calls(calls: Iterable[TorchCall]) -> Iterator[str]:
     for call in calls:
-        if isinstance(call, Save) and call.recomputes:
+        execution = call.execution
+        if execution.recomputes:
             yield f"{call.base.name}: its autograd graph cannot be kept, so the backward pass runs the forward again."
-        if not call.choice.is_prepared:
+        if not isinstance(execution, Planned) or not execution.choice.is_prepared:
             continue
-        if "jvp" in call.derivatives and call.choice.is_final and not call.choice.plan.core and call.choice.reasons:
-            reason = call.choice.reasons[-1][1].split("\n")[0]
+        choice = execution.choice
+        if "jvp" in execution.computation.derivatives and choice.is_final and not choice.plan.core and choice.reasons:
+            reason = choice.reasons[-1][1].split("\n")[0]
             yield f"{call.base.name}: forward mode goes by torch.autograd, not by torch.func ({reason})."
-        unrepeated = call.why_unrepeated()
+        unrepeated = execution.why_unrepeated()
         if unrepeated is not None:
             yield f"{call.base.name}: compiled programs run Python in each call: {unrepeated}."

@@ -3,6 +3,7 @@
 Those of plain objects that it holds count as its own, and so do the items of containers: a cache is often one.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,18 +84,18 @@ def _places(path: str, module: torch.nn.Module) -> Iterator["_Place"]:
             yield _Namespace(f"{path}{name}.", vars(value), of_module=False)
 
 
-class _Place:
+class _Place(ABC):
     """Something that attributes are in."""
 
     number = 0
 
+    @abstractmethod
     def items(self) -> Any:
         """What is in it, to be put back."""
-        raise AssertionError("abstract")
 
+    @abstractmethod
     def put_back(self, items: Any) -> Iterable[Change]:
         """Put what was in it back; what had changed."""
-        raise AssertionError("abstract")
 
 
 class _Namespace(_Place):

@@ -200,11 +200,7 @@ def _function(value: types.FunctionType, held: Reference) -> _Parts:
 
 def is_filled(cell: Any) -> bool:
     """Whether a cell of a closure has contents yet."""
-    try:
-        cell.cell_contents  # noqa: B018 (raises)
-    except ValueError:
-        return False
-    return True
+    return cell != types.CellType()  # an empty one equals its like, and no other
 
 
 _KINDS: dict[type, Callable[[Any, Reference], _Parts]] = {

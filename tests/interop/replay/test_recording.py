@@ -16,7 +16,7 @@ from samples import as_torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchleaf.interop.calls import call, residuals
+from torchleaf.interop.calls import execution, residuals
 from torchleaf.interop.calls.residuals import live_graphs
 from torchleaf.interop.replay import recording
 from torchleaf.interop.replay.recording import Recorder as Recording
@@ -344,7 +344,7 @@ def many_adds(x):
 
 @pytest.mark.parametrize(
     ("module", "limit", "value"),
-    [(recording, "_MOST_STEPS", 29), (recording, "_MOST_BYTES", X.nbytes - 1), (call, "LARGE", 1)],
+    [(recording, "_MOST_STEPS", 29), (recording, "_MOST_BYTES", X.nbytes - 1), (execution, "LARGE", 1)],
     ids=["ops", "outputs", "operations"],
 )
 def test_beyond_a_limit_python_runs_each_time(module, limit, value, monkeypatch):

@@ -65,7 +65,7 @@ def off(outs):
     [
         ("base.Base", "compute", "forward"),
         ("graph.Graph", "pullback", "gradients"),
-        ("derivative", "_forward_mode", "forward mode"),
+        ("derivative", "forward_mode", "forward mode"),
         ("batching.Vmap", "compute", "vmap"),
     ],
 )
@@ -82,7 +82,7 @@ def test_faults_of_torchleaf(monkeypatch, where, name, wrong):
 
 def test_a_fault_of_replays_alone(monkeypatch):
     """The first two runs are right."""
-    replay = torchleaf.interop.calls.call.TorchCall.replay
+    replay = torchleaf.interop.calls.execution.Planned.replay
 
     def faulty(self, operands, results):
         done = replay(self, operands, results)
@@ -90,7 +90,7 @@ def test_a_fault_of_replays_alone(monkeypatch):
             results[0].mul_(1.001)
         return done
 
-    monkeypatch.setattr(torchleaf.interop.calls.call.TorchCall, "replay", faulty)
+    monkeypatch.setattr(torchleaf.interop.calls.execution.Planned, "replay", faulty)
     found = outcome("forward", nn.Linear(3, 2), X)
     assert found.status == "wrong"
     assert "compiled, run 3" in found.text
