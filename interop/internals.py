@@ -11,8 +11,10 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax
 import torch
 from jax._src import util as _jax_util
+from jax._src.interpreters import ad as _jax_ad
 from torch._functorch import pyfunctorch as _pyfunctorch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -67,6 +69,27 @@ WEIGHT_NORM, BATCH_NORM = torch._weight_norm, torch._native_batch_norm_legit  # 
 
 SET_GRAD_ENABLED: Any = _C._set_grad_enabled
 """What function modes see of `torch.no_grad` and the like; forward mode follows it."""
+
+
+def set_linearization(primitive: Any, rule: Callable[..., Any]) -> None:
+    """Give a primitive a rule for linearization, which JAX tells whether reverse mode asks.
+
+    `rule(is_reverse, nonzeros, *primals, **params)` gives the outputs, whether each has a tangent, residuals, and a
+    function of those and of tangents; or None, where JAX is to go by the rule for forward mode. Without it, it always
+    would.
+    """
+    has_structured_residuals = jax.__version_info__ >= (0, 11)
+
+    def linearize(is_reverse: bool, nonzeros: Any, *primals: Any, **params: Any) -> Any:
+        found = rule(is_reverse, nonzeros, *primals, **params)
+        if found is None:
+            return _jax_ad.fallback_linearize_rule(primitive, is_reverse, nonzeros, *primals, **params)
+        if not has_structured_residuals:
+            return found
+        *others, linear = found
+        return *others, None, lambda residuals, _, *tangents: linear(residuals, *tangents)
+
+    _jax_ad.primitive_linearizations[primitive] = linearize
 
 
 def _keys(*keys: Any) -> Any:

@@ -21,7 +21,7 @@ from .calls.handles import HANDLE
 from .calls.per_example import PerExampleVjp, over_batch
 from .calls.residuals import drop_with
 from .calls.save import Save
-from .internals import let_caches_hold_weakly
+from .internals import let_caches_hold_weakly, set_linearization
 from .transport import lowering
 
 torch_call_p = Primitive("torch_call")
@@ -103,29 +103,61 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: TorchCall) ->
     if not call.base.options.forward_mode:
         return _reverse_only(call, active, primals, tangents)
     given = [tangents[i] for i in active]
-    if call.inexact_outs and _keeps_graph(call) and _maybe_linearizing(given):
-        outs = call.inexact_outs
+    out_primals, residuals, tangents_of = _linearized(call, active, primals, is_reverse=_may_be_remat(given))
+    return out_primals, tangents_of(residuals, given)
+
+
+def _linearized(
+    call: TorchCall, active: tuple[int, ...], primals: Sequence[Any], *, is_reverse: bool
+) -> tuple[list[Any], list[Any], Callable[[Sequence[Any], Sequence[Any]], list[Any]]]:
+    """The outputs, what their tangents depend on, and the linear map from tangents of the `active` operands."""
+    if is_reverse and call.inexact_outs and _keeps_graph(call):
+        outs, tangent_call = call.inexact_outs, call.derive(Jvp, active, call.inexact_outs, True)
         *out_primals, handle = bind(call.derive(Save, active), *primals)
-        out_tangents = bind(call.derive(Jvp, active, outs, True), *primals, handle, *given)
+        residuals = [*primals, handle]
     else:
-        tangent_call, residuals, outs = linearize(call, active)
-        out_primals = bind(call, *primals)
-        out_tangents = bind(tangent_call, *take(primals, residuals), *given) if outs else []
-    by_output = dict(zip(outs, out_tangents, strict=True))
-    zeros = (ad.Zero(jax.typeof(y).to_tangent_aval()) for y in out_primals)
-    return out_primals, [by_output.get(o, zero) for o, zero in enumerate(zeros)]
+        tangent_call, operands, outs = linearize(call, active)
+        out_primals, residuals = bind(call, *primals), list(take(primals, operands))
+    zeros = [ad.Zero(jax.typeof(y).to_tangent_aval()) for y in out_primals]
+
+    def tangents_of(residuals: Sequence[Any], given: Sequence[Any]) -> list[Any]:
+        out_tangents = bind(tangent_call, *residuals, *given) if outs else []
+        by_output = dict(zip(outs, out_tangents, strict=True))
+        return [by_output.get(o, zero) for o, zero in enumerate(zeros)]
+
+    return out_primals, residuals, tangents_of
+
+
+def _linearize(is_reverse: bool, nonzeros: Sequence[bool], *primals: Any, call: TorchCall) -> tuple[Any, ...] | None:
+    """The rule by which JAX says whether a transpose will follow, through `jit`, `scan` and `cond` too."""
+    if not call.base.options.forward_mode:
+        return None
+    active = tuple(i for i, nz in enumerate(nonzeros) if nz)
+    out_primals, residuals, tangents_of = _linearized(call, active, primals, is_reverse=is_reverse)
+    inexact = {*call.inexact_outs}
+
+    def linear(residuals: Sequence[Any], *tangents: Any) -> list[Any]:
+        return tangents_of(residuals, [tangents[i] for i in active])
+
+    return out_primals, [o in inexact for o in range(len(out_primals))], residuals, linear
 
 
 def _keeps_graph(call: TorchCall) -> bool:
     return call.base.options.residuals == "live" and not call.differentiated and call.graphless() is None
 
 
-def _maybe_linearizing(tangents: Sequence[Any]) -> bool:
-    """Whether a transpose may follow: known tangents belong to forward mode, which has no use for a graph."""
-    return any(isinstance(t, partial_eval.JaxprTracer | partial_eval.DynamicJaxprTracer) for t in tangents)
+def _may_be_remat(tangents: Sequence[Any]) -> bool:
+    """Whether a transpose may follow though JAX asks for forward mode: in the block of a `jax.checkpoint`.
+
+    That has no rule for linearization (JAX 0.10 to 0.12): it stages the rule for forward mode, and divides what comes
+    of it. A staged forward mode looks the same, and lets go of graphs that it has no use for. (Tried without: policies
+    that save everything would run the forward again.)
+    """
+    return any(isinstance(t, partial_eval.DynamicJaxprTracer) for t in tangents)
 
 
 ad.primitive_jvps[torch_call_p] = _jvp
+set_linearization(torch_call_p, _linearize)
 
 
 def _transpose(cotangents: Sequence[Any], *operands: Any, call: TorchCall) -> list[Any]:
