@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import TorchCallError, quote
+from ..internals import says_no_real_zeros
 from ..modes.trial import trial_run
 from .plan import CERTAIN, Plan, candidates, needs_audit
 from .proof import disagreement
@@ -76,7 +77,7 @@ class Choice:
 
     def _give_up(self, plan: Plan, reason: str) -> None:
         self.reasons.append((plan, reason))
-        if "ZeroTensors are immutable" in reason and not plan.real_zeros and self._rest is not None:
+        if says_no_real_zeros(reason) and not plan.real_zeros and self._rest is not None:
             self._rest.insert(0, replace(plan, real_zeros=True))
 
 

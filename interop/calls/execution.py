@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 
 from ..errors import quote
-from ..internals import NO_EVALUATION_BACKWARD
+from ..internals import says_no_evaluation_backward, says_vmap_cannot
 from ..modes import ambient
 from ..modes.kernels import FUSED, NONE, chosen, lacking_derivatives, refuse_scripted
 from ..replay.repeated import LARGE, LARGE_ON_GPU, Repeated
@@ -122,7 +122,7 @@ class Planned(Execution):
         try:
             return work(plan)
         except RuntimeError as exc:  # torch may take other branches than in the proof
-            if not plan.core or not str(exc).startswith("vmap: "):
+            if not plan.core or not says_vmap_cannot(str(exc)):
                 raise
             self.choice.reject(self.computation, plan, quote(exc))
         return self.by_plan(tensors, work)
@@ -175,7 +175,7 @@ def execute(call: TorchCall, *tensors: torch.Tensor, repeats: bool) -> Tensors:
             with chosen(kernels, inference=call is call.base, plain=execution.plain_kernels):
                 return run(*tensors)
         except RuntimeError as exc:
-            if NO_EVALUATION_BACKWARD not in str(exc) or "recurrent" in execution.plain_kernels:
+            if not says_no_evaluation_backward(str(exc)) or "recurrent" in execution.plain_kernels:
                 raise
             call.base.lacking = frozenset({"recurrent"})
         with chosen(kernels, inference=False, plain=execution.plain_kernels):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import ForeignTensorError, RandomnessError, TorchCallError
-from ..internals import FakeTensor
+from ..internals import FakeTensor, says_leaf_written
 from ..modes.aten import bound, tensors_in, written
 from ..modes.dispatch import Mode
 from ..modes.random import draws
@@ -46,7 +46,7 @@ def hidden_writes(call: Base) -> bool:
     call.has_sparse_gradients = watch.makes_sparse
     if watch.foreign is not None:
         raise ForeignTensorError(call.name, *watch.foreign)
-    if watch.in_forward or _LEAF_WRITTEN in str(failure):
+    if watch.in_forward or says_leaf_written(str(failure)):
         raise TorchCallError(
             f"{call.name} writes into an argument only where that requires gradients, so that it and its gradient "
             "would be of two functions. Write in all cases, or into a clone."
@@ -79,9 +79,6 @@ def _fake_backward_pass(call: Base) -> "tuple[_Watch, Exception | None]":
             reverse.pullback(function, take(tensors, active), tensors[n:])
 
     return watch, trial_run(differentiate, (*call.in_avals, *cotangents), call.facts.device, call.facts.reads or ())
-
-
-_LEAF_WRITTEN = "leaf Variable that requires grad is being used in an in-place"
 
 
 class _Watch(Mode):

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import torch
 
+from ..internals import says_no_second_derivative
+
 Tensors = tuple[torch.Tensor, ...]
 Function = Callable[..., Tensors]
 
@@ -44,11 +46,10 @@ def pushforward(
 
 def cannot_repeat(failure: RuntimeError) -> bool:
     """Whether what failed was torch's backward pass of a backward pass."""
-    return any(reason in str(failure) for reason in _ONCE_DIFFERENTIABLE)
+    return says_no_second_derivative(str(failure)) or _CUT in str(failure)
 
 
 _CUT = "torch cuts the graph of gradients"
-_ONCE_DIFFERENTIABLE = ("is not implemented", "once_differentiable", _CUT)
 
 
 def _twice(function: Function, xs: Tensors, tangents: Tensors, *, create_graph: bool, audited: bool) -> Tensors:

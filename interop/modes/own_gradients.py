@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..internals import says_no_gradient_required
 from .function_modes import FunctionMode
 
 _GETTER = torch.Tensor.requires_grad.__get__  # pyright: ignore[reportAttributeAccessIssue]
@@ -32,4 +33,4 @@ class Asked(FunctionMode):
 
 def wants_gradients(exc: BaseException) -> bool:
     """Whether torch failed because a tensor requires no gradient."""
-    return isinstance(exc, RuntimeError) and "does not require grad" in str(exc)
+    return isinstance(exc, RuntimeError) and says_no_gradient_required(str(exc))
