@@ -1,6 +1,6 @@
 """Live residuals under vmap: one graph of the whole batch gives the gradients of each example."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -75,6 +75,10 @@ class PerExampleVjp(TorchCall):
 
     def graphless(self) -> tuple[TorchCall, tuple[int, ...]]:
         return self._plain, self._kept
+
+    def part(self, of: Callable[[TorchCall], TorchCall], shards: int) -> TorchCall:
+        """The same on one of `shards` parts of its batch, `of` giving the part of the call that it is built on."""
+        return of(self._vjp).derive(PerExampleVjp, self._in_dims, self._size // shards)
 
 
 def over_batch(call: TorchCall, in_dims: tuple[int | None, ...], size: int) -> TorchCall | None:
