@@ -22,7 +22,8 @@ from .calls.residuals import drop_with
 from .calls.save import Save
 from .internals import ask_for_devices, let_caches_hold_weakly
 from .sharding import partition
-from .sharding.manual import align, result_aval
+from .sharding.manual import align
+from .sharding.types import result_types
 
 torch_call_p = Primitive("torch_call")
 torch_call_p.multiple_results = True
@@ -81,7 +82,7 @@ def _deoptimized(*operands: Any, call: _Reference) -> NoReturn:
 
 
 def _abstract_eval(*avals: Any, call: TorchCall) -> list[ShapedArray]:
-    return [result_aval(aval.shape, aval.dtype, avals) for aval in call.out_avals]
+    return result_types(call, avals)
 
 
 def _of_reference(rule: Callable[..., Any]) -> Callable[..., Any]:

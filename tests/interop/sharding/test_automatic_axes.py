@@ -1,32 +1,7 @@
 """Data parallel under `jit` with automatic axes: values as on one device, no collective but one sum of gradients."""
 
-from textwrap import dedent
-
 import pytest
-from meshes import on_devices
-
-PRELUDE = """
-import warnings
-import equinox as eqx
-import jax
-import jax.numpy as jnp
-import numpy as np
-import torch
-import torchleaf
-from jax.sharding import NamedSharding, PartitionSpec as P
-from meshes import assert_close, collectives, mesh_of, put
-from torchleaf.interop.calls import residuals
-
-torch.set_num_threads(1)
-torch.manual_seed(0)
-network = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
-x = jax.random.normal(jax.random.key(0), (16, 4))
-"""
-
-
-def run(script: str, n: int = 8, prelude: str = PRELUDE) -> str:
-    """With `prelude`, on `n` devices."""
-    return on_devices(dedent(prelude) + dedent(script), n)
+from meshes import run_on_devices as run
 
 
 @pytest.mark.parametrize("method", ["auto", "batched", "loop"])
@@ -41,39 +16,12 @@ def test_every_transformation_against_one_device(n, method):
         def one(params, x):
             return eqx.combine(params, static)(x)
 
-        def loss(params, x):
-            return jnp.sum(jnp.sin(jax.vmap(one, (None, 0))(params, x)))
-
-        def per_example(f):
-            return jax.vmap(f, (None, 0))
-
-        def scanned(params, x):  # a step of gradient descent each time
-            step = lambda p, _: (jax.tree.map(lambda p, g: p - 0.01 * g, p, jax.grad(loss)(p, x)), loss(p, x))
-            return jax.lax.scan(step, params, None, length=3)
-
-        grad, one_sum = jax.grad(loss), {{"all-reduce": 1}}
-        table = {{
-            "forward": (per_example(one), {{}}),
-            "grad": (grad, one_sum),
-            "grad by x": (jax.grad(loss, 1), {{}}),
-            "jvp": (lambda p, x: jax.jvp(lambda x: per_example(one)(p, x), (x,), (jnp.cos(x),)), {{}}),
-            "jacrev of examples": (per_example(jax.jacrev(one, 1)), {{}}),
-            "jacfwd of examples": (per_example(jax.jacfwd(one, 1)), {{}}),
-            "hessian of examples": (per_example(jax.hessian(one, 1)), {{}}),
-            "gradients of examples": (per_example(jax.grad(lambda p, x: one(p, x).sum())), {{}}),
-            "hvp": (lambda p, x: jax.jvp(lambda p: grad(p, x), (p,), (p,))[1], one_sum),
-            "remat": (jax.grad(jax.checkpoint(loss)), one_sum),
-            "value and grad": (jax.value_and_grad(loss), None),  # the sum of the losses is JAX's own
-            "grad of grad": (jax.grad(lambda p, x: sum(jnp.sum(g**2) for g in jax.tree.leaves(grad(p, x)))), None),
-            "scan": (scanned, None),
-        }}
-        for name, (f, allowed) in table.items():
+        for name, (f, allowed) in transformations(one).items():
             got, expected = jax.jit(f)(everywhere, xs), jax.jit(f)(params, x)
             assert_close(got, expected, 2e-5)
             assert_close(f(everywhere, xs), expected, 2e-5)
             found = collectives(f, everywhere, xs)
             assert found == allowed if allowed is not None else {{*found}} == {{"all-reduce"}}, (name, found)
-            print(name, found)
         assert residuals.live_graphs() == 0
         """,
         n,
