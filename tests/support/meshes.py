@@ -17,7 +17,7 @@ _COLLECTIVES = (
 )
 
 
-_PRELUDE = """
+PRELUDE = """\
 import functools
 import warnings
 import equinox as eqx
@@ -39,7 +39,7 @@ x = jax.random.normal(jax.random.key(0), (16, 4))
 
 def run_on_devices(script: str, n: int = 8, **environment: str) -> str:
     """`on_devices` with imports, a small `network` and a batch `x` of 16 for it."""
-    return on_devices(_PRELUDE + textwrap.dedent(script), n, **environment)
+    return on_devices(PRELUDE + textwrap.dedent(script), n, **environment)
 
 
 def on_devices(script: str, n: int = 8, **environment: str) -> str:
