@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from ..interop.calls.call import Residuals, VmapMethod
 from ..interop.errors import StateError
+from ..interop.sharding.manual import varying
 from .module.fingerprint import Same
 from .module.functional_module import FunctionalModule
 from .module.weights import Held, held
@@ -215,7 +216,22 @@ class TorchModule(eqx.nn.StatefulLayer):
         if self.buffer_index is None or not changed:
             return state
         index = _key(self.buffer_index)
-        return state.set(index, {**state.get(index), **changed})
+        old = state.get(index)
+        self._refuse_to_mix(old, changed)
+        return state.set(index, {**old, **changed})
+
+    def _refuse_to_mix(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        """Within `jax.shard_map` each device's values are its own, which Equinox takes for another structure."""
+        for name, value in new.items():
+            more = varying(jax.typeof(value)) - varying(jax.typeof(old[name]))
+            if more:
+                axes = tuple(sorted(more))
+                raise StateError(
+                    f"{self.module.name}: buffer `{name}` has a value of each device's own after the call (over the "
+                    f"mesh axes {axes} of jax.shard_map), but the state is one that they share. Give each its own, "
+                    f"`jax.tree.map(lambda b: jax.lax.pcast(b, {axes}, to='varying'), state)`, and after the call say "
+                    f"what they come to, for instance `jax.lax.pmean(b, {axes})`."
+                )
 
 
 @held.register

@@ -73,7 +73,9 @@ def _why_whole(call: Vmap) -> str | None:
     if any(call.out_dims[out] is None for _, out in call.state):
         return "its examples share state, which is that of the whole batch"
     if call.method == "batched" and _draws(call.base):
-        return "with vmap_method='batched' random numbers are drawn for the whole batch; vmap_method='vmap' draws for each"
+        return (
+            "with vmap_method='batched' random numbers are drawn for the whole batch; vmap_method='vmap' draws for each"
+        )
     return None
 
 
