@@ -173,7 +173,8 @@ class TorchModule(eqx.nn.StatefulLayer):
         if isinstance(self.inference, Tracer):
             raise TypeError(
                 f"{self.module.name}: `inference` is traced; a flag that chooses code must be static. Use "
-                "eqx.filter_jit (filter_grad, ...) instead of jax.jit, or eqx.partition the model by eqx.is_array."
+                "eqx.filter_jit (filter_grad, ...) instead of jax.jit, or eqx.partition the model by eqx.is_array; and "
+                "eqx.filter_shard instead of jax.device_put, which makes arrays of flags."
             )
         if args and isinstance(args[-1], eqx.nn.State):
             args, state = args[:-1], args[-1]
