@@ -34,13 +34,15 @@ def test_equinox():
         else:
             raise AssertionError("an array for a flag should have been refused")
 
-        # JAX keeps a layout that is not its default one in committed arrays alone: as a copy they are like all others.
+        # Layouts that are not JAX's are read wrongly on other devices, so these are copies.
         conv = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
         images = jax.random.normal(jax.random.key(1), (8, 3, 5, 5))
-        viewed, copied = torchleaf.TorchModule(conv), torchleaf.TorchModule(conv, copy=True)
-        assert [name for name, leaf in viewed.params.items() if leaf.committed] == ["weight"]
-        for model in (put(viewed, mesh), copied, eqx.filter_shard(copied, everywhere)):
-            assert_close(call(model, put(images, mesh, "data")), jax.vmap(viewed)(images))
+        model = torchleaf.TorchModule(conv)
+        assert not any(leaf.committed for leaf in jax.tree.leaves(model.params))
+        with torch.no_grad():
+            expected = conv(torchleaf.to_torch(images, copy=True)).contiguous().numpy()
+        for placed in (model, put(model, mesh), eqx.filter_shard(model, everywhere)):
+            assert_close(call(placed, put(images, mesh, "data")), jnp.asarray(expected))
         """
     )
 
