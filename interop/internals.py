@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 import torch
+from jax._src import dispatch as _jax_dispatch
+from jax._src import sharding_impls as _jax_shardings
 from jax._src import util as _jax_util
 from jax._src.interpreters import ad as _jax_ad
 from torch._functorch import pyfunctorch as _pyfunctorch
@@ -51,6 +53,18 @@ _KEYS = _C.DispatchKey
 def let_caches_hold_weakly(kinds: Iterable[type]) -> None:
     """JAX's caches of abstract evaluation hold parameters of these types weakly; else dropped functions stay."""
     getattr(_jax_util, "weakref_cache_key_types", set()).update(kinds)
+
+
+def ask_for_devices(primitive: Any) -> None:
+    """Have JAX say, when it lowers a program with this primitive, which devices it is for."""
+    _jax_dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+def devices_of(axis_context: Any) -> tuple[Any, ...]:
+    """The devices that XLA is to partition a program for; none in one for a device each (`shard_map`, `pmap`)."""
+    if isinstance(axis_context, _jax_shardings.ShardingContext):
+        return axis_context.device_assignment or ()
+    return ()
 
 
 # --- ops and modes ---------------------------------------------------------------------------------

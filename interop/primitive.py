@@ -12,7 +12,6 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive, Var
 from jax.interpreters import ad, batching, mlir, partial_eval
 
-from . import sharding
 from .calls.base import Base
 from .calls.batching import Vmap, vmap
 from .calls.call import Computation, TorchCall, take
@@ -21,8 +20,10 @@ from .calls.handles import HANDLE
 from .calls.per_example import PerExampleVjp, over_batch
 from .calls.residuals import drop_with
 from .calls.save import Save
-from .internals import let_caches_hold_weakly, set_linearization
-from .transport import lowering
+from .internals import ask_for_devices, let_caches_hold_weakly, set_linearization
+from .sharding import partition
+from .sharding.manual import align
+from .sharding.types import result_types
 
 torch_call_p = Primitive("torch_call")
 torch_call_p.multiple_results = True
@@ -36,7 +37,7 @@ let_caches_hold_weakly({Base, Jvp, Vjp, Save, Vmap, PerExampleVjp})
 
 def bind(call: TorchCall, *operands: Any) -> list[Any]:
     """Apply a torch call to JAX arrays or tracers."""
-    return torch_call_p.bind(*sharding.align(operands), call=call)
+    return torch_call_p.bind(*align(operands), call=call)
 
 
 # --- evaluation ----------------------------------------------------------------------------------
@@ -59,7 +60,7 @@ def _compiled(call: TorchCall) -> Callable[..., list[jax.Array]]:
     reference = _Reference(call)
 
     def run(*operands: jax.Array) -> list[Any]:
-        return eager_call_p.bind(*sharding.align(operands), call=reference)
+        return eager_call_p.bind(*align(operands), call=reference)
 
     run.__name__ = run.__qualname__ = call.name
     return jax.jit(run)
@@ -81,7 +82,7 @@ def _deoptimized(*operands: Any, call: _Reference) -> NoReturn:
 
 
 def _abstract_eval(*avals: Any, call: TorchCall) -> list[ShapedArray]:
-    return [sharding.result_aval(aval.shape, aval.dtype, avals) for aval in call.out_avals]
+    return result_types(call, avals)
 
 
 def _of_reference(rule: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,8 +92,10 @@ def _of_reference(rule: Callable[..., Any]) -> Callable[..., Any]:
 
 torch_call_p.def_abstract_eval(_abstract_eval)
 eager_call_p.def_abstract_eval(_of_reference(_abstract_eval))
-mlir.register_lowering(torch_call_p, functools.partial(lowering.lower, repeats=True))
-mlir.register_lowering(eager_call_p, _of_reference(functools.partial(lowering.lower, repeats=False)))
+mlir.register_lowering(torch_call_p, functools.partial(partition.lower, repeats=True))
+mlir.register_lowering(eager_call_p, _of_reference(functools.partial(partition.lower, repeats=False)))
+ask_for_devices(torch_call_p)
+ask_for_devices(eager_call_p)
 
 
 # --- differentiation -----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from ..interop.errors import StateError
+from ..interop.sharding.manual import varying
 from ..interop.types import CallOptions, Residuals, VmapMethod
 from .module.fingerprint import Same
 from .module.functional_module import FunctionalModule
@@ -165,7 +166,8 @@ class TorchModule(eqx.nn.StatefulLayer):
         if isinstance(self.inference, Tracer):
             raise TypeError(
                 f"{self.module.name}: `inference` is traced; a flag that chooses code must be static. Use "
-                "eqx.filter_jit (filter_grad, ...) instead of jax.jit, or eqx.partition the model by eqx.is_array."
+                "eqx.filter_jit (filter_grad, ...) instead of jax.jit, or eqx.partition the model by eqx.is_array; and "
+                "eqx.filter_shard instead of jax.device_put, which makes arrays of flags."
             )
         if args and isinstance(args[-1], eqx.nn.State):
             args, state = args[:-1], args[-1]
@@ -208,7 +210,22 @@ class TorchModule(eqx.nn.StatefulLayer):
         if self.buffer_index is None or not changed:
             return state
         index = _key(self.buffer_index)
-        return state.set(index, {**state.get(index), **changed})
+        old = state.get(index)
+        self._refuse_to_mix(old, changed)
+        return state.set(index, {**old, **changed})
+
+    def _refuse_to_mix(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        """Within `jax.shard_map` each device's values are its own, which Equinox takes for another structure."""
+        for name, value in new.items():
+            more = varying(jax.typeof(value)) - varying(jax.typeof(old[name]))
+            if more:
+                axes = tuple(sorted(more))
+                raise StateError(
+                    f"{self.module.name}: buffer `{name}` has a value of each device's own after the call (over the "
+                    f"mesh axes {axes} of jax.shard_map), but the state is one that they share. Give each its own, "
+                    f"`jax.tree.map(lambda b: jax.lax.pcast(b, {axes}, to='varying'), state)`, and after the call say "
+                    f"what they come to, for instance `jax.lax.pmean(b, {axes})`."
+                )
 
 
 @held.register

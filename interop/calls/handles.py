@@ -72,13 +72,14 @@ def is_signed(handle: torch.Tensor) -> bool:
 
 
 def when_dropped(handle: jax.Array, drop: Callable[[int], object]) -> None:
-    """Call `drop` with the number of a handle when the array that it is dies."""
-    device = next(iter(handle.devices()))
-    if ("cpu" if device.platform == "cpu" else "cuda") not in BY_PLACE:
-        weakref.finalize(handle, drop, int(np.asarray(handle).view(np.int64)[0])).atexit = False
-    else:
-        place = (_index(device), handle.unsafe_buffer_pointer())
-        weakref.finalize(handle, lambda: drop(_number_at.get(place, 0))).atexit = False
+    """Call `drop` with the number of a handle, one for each device, when the array that it is dies."""
+    for shard in handle.addressable_shards:
+        if ("cpu" if shard.device.platform == "cpu" else "cuda") not in BY_PLACE:
+            number = int(np.asarray(shard.data).view(np.int64)[0])
+            weakref.finalize(handle, drop, number).atexit = False
+        else:
+            place = (_index(shard.device), shard.data.unsafe_buffer_pointer())
+            weakref.finalize(handle, lambda place=place: drop(_number_at.get(place, 0))).atexit = False
 
 
 def _words(handle: torch.Tensor) -> ctypes.c_int64:

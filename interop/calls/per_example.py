@@ -1,6 +1,6 @@
 """Live residuals under vmap: one graph of the whole batch gives the gradients of each example."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -8,7 +8,7 @@ from ..replay.repeated import SMALL
 from ..types import Tensors
 from . import residuals
 from .batching import vmap
-from .call import TorchCall, take
+from .call import Computation, TorchCall, take
 from .derivative import Vjp
 from .execution import Execution, planned
 from .graph import Graph
@@ -49,8 +49,12 @@ class PerExampleVjp(TorchCall):
         smaller, operands = self.vjp.select(used)
         return smaller.derive(PerExampleVjp, self._in_dims, self._size), operands
 
-    def graphless(self) -> tuple[TorchCall, tuple[int, ...]]:
+    def graphless(self) -> tuple[Computation, tuple[int, ...]]:
         return self.plain, self.kept
+
+    def part(self, of: Callable[[TorchCall], TorchCall], shards: int) -> TorchCall:
+        """The same on one of `shards` parts of its batch, `of` giving the part of the call that it is built on."""
+        return of(self.vjp).derive(PerExampleVjp, self._in_dims, self._size // shards)
 
 
 class PerExampleExecution(Execution):

@@ -8,8 +8,10 @@ Where the handle is unused, JAX's dead-code elimination replaces the forward cal
 finalizer of the handle drops the graph; one that is not asked for all the same is dropped when it has waited long.
 """
 
+import contextlib
 import itertools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 import jax
 import torch
@@ -18,9 +20,26 @@ from .graph import Batch, Graph, Tape
 from .handles import number_of, when_dropped, write_handle
 
 _UNASKED, _ROUNDS, _DISCARDED = 64, 16, 3
-_graphs: "dict[int, tuple[Kept, Shelf]]" = {}
+_graphs: "dict[int, tuple[Kept, Shelf, Part]]" = {}
 _numbers = itertools.count(1)
+_running = threading.local()
 Kept = Graph | Tape
+Part = tuple[tuple[int, ...], int] | None
+"""Of a call that is split over devices: how many parts each batch has, and which of them all this is."""
+
+
+@contextlib.contextmanager
+def in_part(part: Part) -> Iterator[None]:
+    """Within it a call of this thread is one part of another: a graph is of the examples that it was made for."""
+    before, _running.part = _part_here(), part
+    try:
+        yield
+    finally:
+        _running.part = before
+
+
+def _part_here() -> Part:
+    return getattr(_running, "part", None)
 
 
 def live_graphs() -> int:
@@ -55,7 +74,7 @@ class Shelf:
                     drop(number)
         number = next(_numbers)
         self._round_of[number] = self._round
-        _graphs[number] = graph, self
+        _graphs[number] = graph, self, _part_here()
         if not self._asked and len(self._round_of) > _UNASKED:
             drop(next(iter(self._round_of.copy())))
         return number
@@ -75,23 +94,27 @@ class Shelf:
         self._discarded += 1
 
 
+_NOTHING = (None, None, None)
+
+
 def take_graph(handle: torch.Tensor | None) -> Kept | None:
     """Remove and return the graph of a handle, if it is still there."""
-    if handle is None:
+    if handle is None or not is_kept(handle):
         return None
     return drop(number_of(handle), Shelf.take)
 
 
 def is_kept(handle: torch.Tensor) -> bool:
-    """Whether a graph or tape waits for this handle."""
-    return number_of(handle) in _graphs
+    """Whether a graph or tape of these examples waits for this handle."""
+    _, _, part = _graphs.get(number_of(handle), _NOTHING)
+    return part == _part_here() and number_of(handle) in _graphs
 
 
 def take_tape(handle: torch.Tensor, active: tuple[int, ...], outs: tuple[int, ...], batch: Batch | None) -> Tape | None:
     """Remove and return what the handle stands for, if it is a tape that gives these gradients."""
     number = number_of(handle)
-    tape, _ = _graphs.get(number, (None, None))
-    if not isinstance(tape, Tape) or not tape.gives(active, outs, batch):
+    tape, _, part = _graphs.get(number, _NOTHING)
+    if part != _part_here() or not isinstance(tape, Tape) or not tape.gives(active, outs, batch):
         return None
     drop(number, Shelf.take)
     return tape
@@ -117,7 +140,7 @@ def drop_with(handle: jax.Array) -> None:
 
 def drop(number: int, how: Callable[[Shelf, int], None] = Shelf.remove) -> Kept | None:
     """Remove and return what a number stands for, if it is still there."""
-    graph, shelf = _graphs.pop(number, (None, None))
+    graph, shelf, _ = _graphs.pop(number, _NOTHING)
     if shelf is not None:
         how(shelf, number)
     return graph

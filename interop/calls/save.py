@@ -48,7 +48,7 @@ class Save(TorchCall):
     def select(self, used: tuple[int, ...]) -> tuple[TorchCall, tuple[int, ...]] | None:
         return None if len(self.out_avals) - 1 in used else self.graphless()
 
-    def graphless(self) -> tuple[TorchCall, tuple[int, ...]]:
+    def graphless(self) -> tuple[Computation, tuple[int, ...]]:
         return self.plain, tuple(range(len(self.in_avals)))
 
     def each(self, tensors: Tensors) -> Tensors:

@@ -34,18 +34,27 @@ _TARGET = "torchleaf_call"
 
 def lower(ctx: mlir.LoweringRuleContext, *operands: Any, call: TorchCall, repeats: bool) -> Any:
     """MLIR lowering of one torch call. The executable of a program that `repeats` it keeps it alive."""
+    threads.settle()
+    carry = carrier(ctx.module_context, call, repeats=repeats)
+    return mlir.lower_fun(carry, multiple_results=True)(ctx, *operands)
+
+
+def carrier(
+    module: Any, call: TorchCall, *, repeats: bool, parts: tuple[int, ...] | None = None
+) -> Callable[..., list[jax.Array]]:
+    """What carries a call in a module that is being lowered: a JAX function of its operands.
+
+    Of one of the `parts` into which a call is split it takes one more operand: which one.
+    """
     _Forks.refuse()
     call.execution.prepare()
-    threads.settle()
     if repeats:
-        ctx.module_context.add_keepalive(call)
-    platforms = set(ctx.module_context.platforms)
+        module.add_keepalive(call)
+    platforms = set(module.platforms)
     if platforms <= _registered_platforms():
-        flow = flow_of(ctx.module_context) if repeats and platforms & BY_PLACE else None
-        carry = functools.partial(_ffi_call, call, program_of(call, repeats=repeats, flow=flow))
-    else:
-        carry = functools.partial(_host_call, call, program_of(call, repeats=repeats))
-    return mlir.lower_fun(carry, multiple_results=True)(ctx, *operands)
+        flow = flow_of(module) if repeats and platforms & BY_PLACE and parts is None else None
+        return functools.partial(_ffi_call, call, program_of(call, repeats=repeats, flow=flow, parts=parts))
+    return functools.partial(_host_call, call, program_of(call, repeats=repeats, parts=parts))
 
 
 class _Forks:

@@ -21,7 +21,7 @@ from ..calls.call import TorchCall
 from ..calls.cycles import free_circular_graphs
 from ..calls.execution import execute
 from ..calls.handles import is_signed, number_in, sign
-from ..calls.residuals import discard, hand_over
+from ..calls.residuals import discard, hand_over, in_part
 from ..errors import TorchCallError, runtime_message
 from ..internals import storage_holders
 from ..modes import ambient
@@ -37,11 +37,16 @@ _programs: "weakref.WeakKeyDictionary[TorchCall, dict[bool, Program]]" = weakref
 _by_number: "dict[int, Program]" = {}
 
 
-def program_of(call: TorchCall, *, repeats: bool, flow: HandleFlow | None = None) -> "Program":
+def program_of(
+    call: TorchCall, *, repeats: bool, flow: HandleFlow | None = None, parts: tuple[int, ...] | None = None
+) -> "Program":
     """The program of a call, which is part of one that `repeats` it or stands alone.
 
-    With the `flow` of handles in one's module, a call that makes or takes one has a program of its own there.
+    With the `flow` of handles in one's module, a call that makes or takes one has a program of its own there; so has
+    one of the `parts` into which a call is split.
     """
+    if parts is not None:
+        return _enlist(call, OfPart(call, parts, repeats=repeats))
     if flow is not None and (call.makes_handle or call.handle_operand is not None):
         return _enlist(call, InFlow(call, flow))
     programs = _programs.setdefault(call, {})
@@ -173,6 +178,20 @@ class Program:
     def _join(self, buffers: Sequence[torch.Tensor]) -> Tensors:
         feed = iter(buffers)
         return tuple(torch.complex(next(feed), next(feed)) if parts else next(feed) for parts in self._in_parts)
+
+
+class OfPart(Program):
+    """The program of a call that makes or takes a handle, on one of the parts into which its batches are split; one
+    more operand says which: int32[]."""
+
+    def __init__(self, call: TorchCall, parts: tuple[int, ...], *, repeats: bool):
+        super().__init__(call, repeats=repeats)
+        self._parts = parts
+
+    def run(self, call: TorchCall, buffers: Tensors) -> None:
+        which = int(buffers[self._n_buffers])
+        with in_part((self._parts, which)):
+            super().run(call, (*buffers[: self._n_buffers], *buffers[self._n_buffers + 1 :]))
 
 
 class InFlow(Program):

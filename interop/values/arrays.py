@@ -83,7 +83,8 @@ def leaves_to_jax(tensors: Mapping[str, torch.Tensor], *, copy: bool = False) ->
 
     DLPack commits an array to the tensor's device. Wherever that does not cost the sharing of memory, these are not:
     on JAX's default device, and free to follow what they are computed with. On a GPU memory is shared if it is of the
-    kind of XLA's (`gpu_memory.py`).
+    kind of XLA's (`gpu_memory.py`). With several CPU devices only memory in JAX's own layout is: XLA reads arrays in
+    another one wrongly once they were put on other devices.
     """
     dense = {name: _as_jax_has_it(tensor, copy=copy, name=name) for name, tensor in tensors.items()}
     on_cpu = {name: tensor for name, tensor in dense.items() if tensor.is_cpu}
@@ -91,7 +92,7 @@ def leaves_to_jax(tensors: Mapping[str, torch.Tensor], *, copy: bool = False) ->
         arrays = jax.device_put({name: _as_numpy(tensor) for name, tensor in on_cpu.items()})
         for name, tensor in dense.items():
             shares = name in on_cpu and (not tensor.numel() or _shares(arrays[name], tensor))
-            if name not in on_cpu or not (shares or jax.default_backend() != "cpu"):
+            if name not in on_cpu or not (shares or jax.default_backend() != "cpu" or jax.device_count() > 1):
                 view = jax.dlpack.from_dlpack(tensor)
                 if tensor.is_cuda and not is_as_xlas(view):
                     view = jax.device_put(view, may_alias=False)

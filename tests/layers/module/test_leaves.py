@@ -107,7 +107,7 @@ def test_sharded_inputs():
         assert jnp.allclose(call(model, x), module(torch.ones(4, 3)).detach().numpy(), atol=1e-6)
         nnx_model = torchleaf.nnx.TorchModule(module)
         from flax import nnx
-        print(nnx.jit(lambda m, x: m(x))(nnx_model, x).shape)
+        print(nnx.jit(lambda m, x: jax.vmap(m)(x))(nnx_model, x).shape)
         """,
         XLA_FLAGS="--xla_force_host_platform_device_count=2",
     )
