@@ -151,3 +151,48 @@ def test_tensor_parallel_pairs():
         assert residuals.live_graphs() == 0
         """
     )
+
+
+def test_state_and_keys_of_each_device():
+    """A Linen model's `apply` and an NNX model, each device with a key and statistics of its own: as part by part."""
+    run(
+        """
+        from flax import nnx
+
+        mesh = mesh_of(data=4)
+        noisy = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.BatchNorm1d(5), torch.nn.Dropout(0.5))
+        model = torchleaf.linen.TorchModule(noisy, copy_weights=True)
+        variables, key = model.init(jax.random.key(0), x), jax.random.key(1)
+
+        def one(variables, x, key):
+            y, new = model.apply(variables, x, rngs={"dropout": key}, mutable=["batch_stats"])
+            return y, jax.tree.map(lambda b: b[None], new)
+
+        def each(variables, x):
+            variables = jax.tree.map(lambda b: jax.lax.pcast(b, "data", to="varying"), variables)
+            return one(variables, x, jax.random.fold_in(key, jax.lax.axis_index("data")))
+
+        split = dict(mesh=mesh, in_specs=(P(), P("data")))
+        got = jax.jit(jax.shard_map(each, out_specs=P("data"), **split))(variables, put(x, mesh, "data"))
+        parts = [one(variables, part, jax.random.fold_in(key, i)) for i, part in enumerate(jnp.split(x, 4))]
+        assert_close(got, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts))
+
+        def loss(f):
+            return lambda params, x: f({**variables, "params": params}, x)
+
+        total = jax.shard_map(lambda v, x: jax.lax.psum(jnp.sum(each(v, x)[0] ** 2), "data"), out_specs=P(), **split)
+        by_parts = lambda v, x: sum(
+            jnp.sum(one(v, part, jax.random.fold_in(key, i))[0] ** 2) for i, part in enumerate(jnp.split(x, 4))
+        )
+        got = jax.jit(jax.grad(loss(total)))(variables["params"], put(x, mesh, "data"))
+        assert_close(got, jax.grad(loss(by_parts))(variables["params"], x), 1e-4)
+
+        drop = torchleaf.nnx.TorchModule(torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Dropout(0.5)))
+        folded = lambda m, x, i: m(x, rngs=nnx.Rngs(jax.random.fold_in(key, i)))
+        call = nnx.shard_map(lambda m, x: folded(m, x, jax.lax.axis_index("data")), out_specs=P("data"), **split)
+        expected = jnp.concatenate([folded(drop, part, i) for i, part in enumerate(jnp.split(x, 4))])
+        assert_close(nnx.jit(call)(drop, put(x, mesh, "data")), expected)
+        assert residuals.live_graphs() == 0
+        """,
+        4,
+    )
