@@ -66,11 +66,13 @@ def test_every_transformation_outside_and_inside(n, kind):
 
 
 def test_some_axes_manual_and_others_not():
+    """The numbers are right; that a call is not split over the others is said."""
     run(
         """
         params, static = eqx.partition(torchleaf.TorchModule(network), eqx.is_array)
         one = lambda p, x: eqx.combine(p, static)(x)
         whole = lambda p, x: jnp.sum(jnp.sin(one(p, x)))
+        said = []
         for kind in ("Auto", "Explicit"):
             mesh = mesh_of(kind, data=4, model=2)
             loss = jax.shard_map(
@@ -78,8 +80,11 @@ def test_some_axes_manual_and_others_not():
                 mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), axis_names={"data"},
             )
             everywhere, xs = put(params, mesh), put(x, mesh, "data")
-            with jax.set_mesh(mesh):
+            with jax.set_mesh(mesh), warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
                 assert_close(jax.jit(jax.grad(loss, (0, 1)))(everywhere, xs), jax.grad(whole, (0, 1))(params, x), 2e-5)
+            said += [str(w.message) for w in caught]
+        assert len(said) == 1 and "mesh axes 'model'" in said[0] and "axis_names" in said[0], said
         assert residuals.live_graphs() == 0
         """
     )
