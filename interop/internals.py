@@ -67,6 +67,14 @@ def devices_of(axis_context: Any) -> tuple[Any, ...]:
     return ()
 
 
+def axes_left_to_xla(axis_context: Any) -> tuple[str, ...]:
+    """Within a `shard_map` over some axes of a mesh: the others, over which XLA partitions its body."""
+    if not isinstance(axis_context, _jax_shardings.SPMDAxisContext):
+        return ()
+    sizes = axis_context.mesh.shape
+    return tuple(axis for axis in sizes if axis not in axis_context.manual_axes and sizes[axis] > 1)
+
+
 # --- ops and modes ---------------------------------------------------------------------------------
 
 OpOverload = torch._ops.OpOverload

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torchleaf
+from meshes import on_devices
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^( *)```python\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
@@ -33,6 +34,19 @@ PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if
 def test_page(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_blocks(page.read_text(), str(page), {"__name__": "__main__"}) > 0
+
+
+def test_the_page_on_devices_with_several():
+    on_devices(
+        f"""
+        from pathlib import Path
+        from test_docs import run_blocks
+
+        page = Path({str(ROOT / "docs/devices.md")!r})
+        assert run_blocks(page.read_text(), str(page), {{"__name__": "__main__"}}) > 0
+        """,
+        4,
+    )
 
 
 # What each docstring's example takes for granted.

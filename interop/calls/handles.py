@@ -73,12 +73,13 @@ def is_signed(handle: torch.Tensor) -> bool:
 
 def when_dropped(handle: jax.Array, drop: Callable[[int], object]) -> None:
     """Call `drop` with the number of a handle, one for each device, when the array that it is dies."""
-    for shard in handle.addressable_shards:
-        if ("cpu" if shard.device.platform == "cpu" else "cuda") not in BY_PLACE:
-            number = int(np.asarray(shard.data).view(np.int64)[0])
-            weakref.finalize(handle, drop, number).atexit = False
+    alone = len(handle.devices()) == 1
+    for part in [handle] if alone else [shard.data for shard in handle.addressable_shards]:
+        device = next(iter(part.devices()))
+        if ("cpu" if device.platform == "cpu" else "cuda") not in BY_PLACE:
+            weakref.finalize(handle, drop, int(np.asarray(part).view(np.int64)[0])).atexit = False
         else:
-            place = (_index(shard.device), shard.data.unsafe_buffer_pointer())
+            place = (_index(device), part.unsafe_buffer_pointer())
             weakref.finalize(handle, lambda place=place: drop(_number_at.get(place, 0))).atexit = False
 
 

@@ -29,6 +29,18 @@ def warn(call: TorchCall, batches: Batches, given: Sequence[Spec], taken: Sequen
         )
 
 
+def warn_within(call: TorchCall, axes: Sequence[str]) -> None:
+    """Warn, once, of a call in a `shard_map` that leaves mesh axes to XLA, which cannot partition it there."""
+    if axes and call.base not in _warned:
+        _warned.add(call.base)
+        warnings.warn(
+            f"{call.base.name}: in a jax.shard_map that is not over the mesh axes {_mesh_axes(axes)}, what is split "
+            "over these is gathered, so that devices compute the same. Name all axes (leave `axis_names` out), or call "
+            "it outside.",
+            stacklevel=2,
+        )
+
+
 def _gathered(
     call: TorchCall, batches: Batches, given: Sequence[Spec], taken: Sequence[Spec], splits: Splits
 ) -> Iterator[str]:

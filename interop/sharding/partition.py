@@ -23,7 +23,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ..calls.call import TorchCall
 from ..calls.handles import BY_PLACE, HANDLE
-from ..internals import devices_of
+from ..internals import axes_left_to_xla, devices_of
 from ..transport import lowering, threads
 from . import gathers
 from .batches import Axes, batches_of, part
@@ -34,6 +34,7 @@ def lower(ctx: mlir.LoweringRuleContext, *operands: Any, call: TorchCall, repeat
     """MLIR lowering of one torch call: for one device as it is, for several in parts."""
     devices = devices_of(ctx.module_context.axis_context)
     if len(devices) < 2:
+        gathers.warn_within(call, axes_left_to_xla(ctx.module_context.axis_context))
         return lowering.lower(ctx, *operands, call=call, repeats=repeats)
     threads.settle()
     partitioning = _Partitioning(ctx.module_context, call, devices, repeats=repeats)

@@ -25,11 +25,10 @@ def result_types(call: TorchCall, operands: Sequence[Any]) -> list[ShapedArray]:
 
     **Raises:** `TorchCallError` if an operand lies in a way that the call cannot be split, on explicit axes.
     """
-    splits = _explicit_splits(call, operands)
     like = next((aval for aval in operands if varying(aval) or _is_explicit(aval)), None)
     if like is None:
         return [ShapedArray(aval.shape, aval.dtype) for aval in call.out_avals]
-    results = []
+    splits, results = _explicit_splits(call, operands), []
     for aval, where in zip(call.out_avals, batches_of(call).results, strict=True):
         spec = PartitionSpec(*(axes or None for axes in spec_by(splits, where, len(aval.shape))))
         sharding = like.sharding.update(spec=spec)

@@ -44,7 +44,7 @@ def run_on_devices(script: str, n: int = 8, **environment: str) -> str:
 
 def on_devices(script: str, n: int = 8, **environment: str) -> str:
     """What the indented `script` prints in a process of its own with `n` CPU devices, where it finds this module."""
-    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     flags = f"--xla_force_host_platform_device_count={n}"
     return run_python(script, XLA_FLAGS=flags, PYTHONPATH=os.pathsep.join(paths), **environment)
 

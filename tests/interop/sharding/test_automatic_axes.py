@@ -138,3 +138,33 @@ def test_a_plain_call_on_a_batch_is_gathered_and_says_so_once():
         assert residuals.live_graphs() == 0
         """
     )
+
+
+def test_control_flow_and_named_batches():
+    """Calls in `cond`, `while_loop` and under a vmap that names its mesh axis are split as well."""
+    run(
+        """
+        mesh = mesh_of(data=4)
+        square = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh())
+        params, static = eqx.partition(torchleaf.TorchModule(square), eqx.is_array)
+        each = lambda p, x: jax.vmap(eqx.combine(p, static))(x)
+        named = lambda p, x: jax.vmap(eqx.combine(p, static), spmd_axis_name="data")(x)
+
+        def branches(p, x):
+            y = jax.lax.cond(p.params["0.bias"][0] > 9, lambda: x, lambda: each(p, x))
+            return jnp.sum(jnp.sin(y))
+
+        def loop(p, x):
+            return jax.lax.fori_loop(0, 3, lambda _, x: each(p, x), x)
+
+        everywhere, xs = put(params, mesh), put(x, mesh, "data")
+        for f in (jax.grad(branches), loop, jax.grad(lambda p, x: jnp.sum(loop(p, x) ** 2)), named):
+            assert_close(jax.jit(f)(everywhere, xs), jax.jit(f)(params, x), 2e-5)
+            assert {*collectives(f, everywhere, xs)} <= {"all-reduce"}
+        assert collectives(loop, everywhere, xs) == {}
+        import gc
+        gc.collect()
+        assert residuals.live_graphs() == 0
+        """,
+        4,
+    )

@@ -66,11 +66,13 @@ def test_every_transformation_outside_and_inside(n, kind):
 
 
 def test_some_axes_manual_and_others_not():
+    """The numbers are right; that a call is not split over the others is said."""
     run(
         """
         params, static = eqx.partition(torchleaf.TorchModule(network), eqx.is_array)
         one = lambda p, x: eqx.combine(p, static)(x)
         whole = lambda p, x: jnp.sum(jnp.sin(one(p, x)))
+        said = []
         for kind in ("Auto", "Explicit"):
             mesh = mesh_of(kind, data=4, model=2)
             loss = jax.shard_map(
@@ -78,8 +80,11 @@ def test_some_axes_manual_and_others_not():
                 mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), axis_names={"data"},
             )
             everywhere, xs = put(params, mesh), put(x, mesh, "data")
-            with jax.set_mesh(mesh):
+            with jax.set_mesh(mesh), warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
                 assert_close(jax.jit(jax.grad(loss, (0, 1)))(everywhere, xs), jax.grad(whole, (0, 1))(params, x), 2e-5)
+            said += [str(w.message) for w in caught]
+        assert len(said) == 1 and "mesh axes 'model'" in said[0] and "axis_names" in said[0], said
         assert residuals.live_graphs() == 0
         """
     )
@@ -150,4 +155,49 @@ def test_tensor_parallel_pairs():
             assert {*collectives(f(loss), spread, xs)} == {"all-reduce"}
         assert residuals.live_graphs() == 0
         """
+    )
+
+
+def test_state_and_keys_of_each_device():
+    """A Linen model's `apply` and an NNX model, each device with a key and statistics of its own: as part by part."""
+    run(
+        """
+        from flax import nnx
+
+        mesh = mesh_of(data=4)
+        noisy = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.BatchNorm1d(5), torch.nn.Dropout(0.5))
+        model = torchleaf.linen.TorchModule(noisy, copy_weights=True)
+        variables, key = model.init(jax.random.key(0), x), jax.random.key(1)
+
+        def one(variables, x, key):
+            y, new = model.apply(variables, x, rngs={"dropout": key}, mutable=["batch_stats"])
+            return y, jax.tree.map(lambda b: b[None], new)
+
+        def each(variables, x):
+            variables = jax.tree.map(lambda b: jax.lax.pcast(b, "data", to="varying"), variables)
+            return one(variables, x, jax.random.fold_in(key, jax.lax.axis_index("data")))
+
+        split = dict(mesh=mesh, in_specs=(P(), P("data")))
+        got = jax.jit(jax.shard_map(each, out_specs=P("data"), **split))(variables, put(x, mesh, "data"))
+        parts = [one(variables, part, jax.random.fold_in(key, i)) for i, part in enumerate(jnp.split(x, 4))]
+        assert_close(got, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts))
+
+        def loss(f):
+            return lambda params, x: f({**variables, "params": params}, x)
+
+        total = jax.shard_map(lambda v, x: jax.lax.psum(jnp.sum(each(v, x)[0] ** 2), "data"), out_specs=P(), **split)
+        by_parts = lambda v, x: sum(
+            jnp.sum(one(v, part, jax.random.fold_in(key, i))[0] ** 2) for i, part in enumerate(jnp.split(x, 4))
+        )
+        got = jax.jit(jax.grad(loss(total)))(variables["params"], put(x, mesh, "data"))
+        assert_close(got, jax.grad(loss(by_parts))(variables["params"], x), 1e-4)
+
+        drop = torchleaf.nnx.TorchModule(torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Dropout(0.5)))
+        folded = lambda m, x, i: m(x, rngs=nnx.Rngs(jax.random.fold_in(key, i)))
+        call = nnx.shard_map(lambda m, x: folded(m, x, jax.lax.axis_index("data")), out_specs=P("data"), **split)
+        expected = jnp.concatenate([folded(drop, part, i) for i, part in enumerate(jnp.split(x, 4))])
+        assert_close(nnx.jit(call)(drop, put(x, mesh, "data")), expected)
+        assert residuals.live_graphs() == 0
+        """,
+        4,
     )
