@@ -3,9 +3,11 @@
 import importlib
 import typing
 
+from .interop import JaxCallError as JaxCallError
 from .interop import RandomnessError as RandomnessError
 from .interop import StateError as StateError
 from .interop import TorchCallError as TorchCallError
+from .interop import jax_function as jax_function
 from .interop import to_jax as to_jax
 from .interop import to_torch as to_torch
 from .interop import torch_function as torch_function

@@ -11,8 +11,11 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax
 import torch
+from jax._src import core as _jax_core
 from jax._src import util as _jax_util
+from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
 from torch._functorch import pyfunctorch as _pyfunctorch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -49,6 +52,21 @@ _KEYS = _C.DispatchKey
 def let_caches_hold_weakly(kinds: Iterable[type]) -> None:
     """JAX's caches of abstract evaluation hold parameters of these types weakly; else dropped functions stay."""
     getattr(_jax_util, "weakref_cache_key_types", set()).update(kinds)
+
+
+def is_tracing() -> bool:
+    """Whether JAX traces in this thread: what is called then becomes part of the trace, constants included."""
+    return not _jax_core.trace_ctx.is_top_level()
+
+
+def view_as_array(tensor: torch.Tensor, device: Any) -> jax.Array:
+    """A dense tensor on the CPU as an array: `jax.dlpack.from_dlpack`, at a tenth of its time."""
+    return _jax.dlpack_managed_tensor_to_buffer(_C._to_dlpack(tensor), device, None)
+
+
+def view_as_tensor(array: jax.Array) -> torch.Tensor:
+    """An array on the CPU as a tensor: `torch.from_dlpack`, at a fifth of its time."""
+    return _C._from_dlpack(_jax.buffer_to_dlpack_managed_tensor(array))
 
 
 # --- ops and modes ---------------------------------------------------------------------------------
@@ -188,6 +206,49 @@ def is_wrapped(tensor: torch.Tensor) -> bool:
 def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
     """What is in the wrapper."""
     return _functorch.get_unwrapped(tensor)
+
+
+def innermost_transform() -> Any:
+    """The kind of the innermost transform that is running, or None; quicker than `transforms`."""
+    interpreter = _functorch.peek_interpreter_stack()
+    return None if interpreter is None else interpreter.key()
+
+
+TRANSFORM = _functorch.TransformType
+"""The kinds: Grad, Jvp, Vmap, Functionalize."""
+
+
+def has_dispatch_modes() -> bool:
+    """Whether ops are looked at by a mode: a trace, fake tensors, a recording."""
+    return _C._len_torch_dispatch_stack() > 0
+
+
+def has_tangents(tensor: torch.Tensor) -> bool:
+    """Whether a plain tensor is a dual number of `torch.autograd.forward_ad`."""
+    level = torch.autograd.forward_ad._current_level
+    return level >= 0 and not is_grads_batch(tensor) and torch._VF._unpack_dual(tensor, level=level)[1] is not None
+
+
+def is_grads_batch(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a batch of `torch.autograd.grad(is_grads_batched=True)`, which is no vmap of torch.func."""
+    return _functorch.is_legacy_batchedtensor(tensor)
+
+
+def grads_batch_level() -> int:
+    """The level of those batches that is innermost."""
+    level = _C._vmapmode_increment_nesting() - 1
+    _C._vmapmode_decrement_nesting()
+    return level
+
+
+def grads_of_batch(tensor: torch.Tensor, level: int) -> torch.Tensor:
+    """What is in such a batch, its batch axis in front; a size that is not the batch's is never looked at."""
+    return _C._VariableFunctions._remove_batch_dim(tensor, level, 1, 0)
+
+
+def batch_of_grads(tensor: torch.Tensor, level: int) -> torch.Tensor:
+    """A tensor as such a batch over its first axis."""
+    return _C._VariableFunctions._add_batch_dim(tensor, 0, level)
 
 
 # --- memory ----------------------------------------------------------------------------------------

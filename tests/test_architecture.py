@@ -23,6 +23,8 @@ ROOMS = [
     "interop.sharding",
     "interop.primitive",
     "interop.function",
+    "interop.jax_calls",
+    "interop.jax_function",
     "interop.doctor",
     "interop",
     "layers.module",

@@ -13,6 +13,7 @@ from fresh_process import run_python
 FUNCTIONS = [
     "check",
     "doctor",
+    "jax_function",
     "load_state_dict",
     "stack",
     "state_dict",
@@ -22,7 +23,7 @@ FUNCTIONS = [
     "torch_function",
     "trainable",
 ]
-ERRORS = ["RandomnessError", "StateError", "TorchCallError"]
+ERRORS = ["JaxCallError", "RandomnessError", "StateError", "TorchCallError"]
 
 PACKAGE = Path(torchleaf.__path__[0])
 SOURCES = [

@@ -1,0 +1,60 @@
+"""Running a JAX call on tensors: views of torch's memory in, views of XLA's out."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import torch
+
+from ..internals import is_tracing, view_as_array, view_as_tensor
+from ..process.once import Once
+from ..values import dtypes
+from ..values.arrays import array_to_torch, tensor_to_jax
+from .call import JaxCall
+from .errors import failure
+
+_cpu = Once(lambda: jax.local_devices(backend="cpu")[0])
+"""Where tensors on the CPU are for JAX, also where its default device is another."""
+
+
+def run(call: JaxCall, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The outputs of a call, in memory of their own."""
+    with _surroundings(call):
+        arrays = [_array(x, a, call.name) for x, a in zip(tensors, call.avals, strict=True)]
+        try:
+            outs = call.program(*arrays)
+            # XLA may still be reading operands, into which torch may write as soon as this returns. On a GPU, torch's
+            # stream waits for the outputs instead.
+            for y in outs:
+                if _is_on_cpu(y):
+                    y.block_until_ready()
+        except Exception as exc:
+            raise failure(call.name, call.avals, exc) from exc
+    return tuple(_tensor(y) for y in outs)
+
+
+def _surroundings(call: JaxCall) -> contextlib.AbstractContextManager[Any]:
+    """JAX as it was when the call was made, outside of traces: backward runs wherever torch wants."""
+    stack = contextlib.ExitStack()
+    if jax.config.jax_enable_x64 != call.x64:  # pyright: ignore[reportAttributeAccessIssue]
+        stack.enter_context(jax.enable_x64(call.x64))
+    if is_tracing():
+        stack.enter_context(jax.ensure_compile_time_eval())
+    return stack
+
+
+def _array(tensor: torch.Tensor, aval: Any, name: str) -> jax.Array:
+    if dtypes.to_jax_dtype(tensor.dtype) != aval.dtype:  # 64-bit integers, in a JAX without them
+        return tensor_to_jax(tensor.contiguous(), name=f"an operand of {name}")
+    # A layout of its own would be a compilation of its own.
+    tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    return view_as_array(tensor, _cpu()) if tensor.is_cpu else jax.dlpack.from_dlpack(tensor)
+
+
+def _tensor(array: jax.Array) -> torch.Tensor:
+    return view_as_tensor(array) if _is_on_cpu(array) else array_to_torch(array)
+
+
+def _is_on_cpu(array: jax.Array) -> bool:
+    return array.device is _cpu() or next(iter(array.devices())).platform == "cpu"

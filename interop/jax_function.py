@@ -1,0 +1,99 @@
+"""`jax_function`: a JAX function as a torch function over pytrees."""
+
+import copy
+import functools
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from .jax_calls.arguments import Arguments
+from .jax_calls.specialized import Specialized
+
+
+def jax_function(fn: Any = None) -> Any:
+    """Make a JAX function callable from torch: differentiated, batched and compiled by torch like one of its own.
+
+    ```python
+    @torchleaf.jax_function
+    def pendulum(state, *, damping):
+        angle, speed = state
+        return speed, -jnp.sin(angle) - damping * speed
+
+    angle = torch.tensor([0.5], requires_grad=True)
+    speed, acceleration = pendulum((angle, torch.zeros(1)), damping=0.1)
+    acceleration.sum().backward()
+    ```
+
+    The function is compiled by `jax.jit` once for each signature, and must be pure as JAX means it. On the CPU,
+    tensors that are contiguous are viewed, not copied, and so are its outputs.
+
+    **Arguments:**
+
+    - `fn`: any callable over `jax.Array`s that can be traced. Its positional and keyword arguments may be any pytrees;
+      `torch.Tensor` leaves become arrays of the same shape and dtype, JAX's and NumPy's arrays are operands too, and
+      every other leaf (bool, number, string, None, function) is static. Without `jax_enable_x64`, int64 is int32 to JAX.
+
+    **Returns:** a function that takes tensors where `fn` takes arrays and returns what `fn` returns, with a
+    `torch.Tensor` for each array or number. Without x64, JAX's default integer, int32, is returned as torch's, int64.
+
+    **Raises:** when called: `TypeError` or `ValueError` for a tensor that JAX has no array for (float64 without x64,
+    meta, sparse, on another device), for a static argument that cannot be hashed, and an output that is no array;
+    `JaxCallError` for what JAX raises.
+
+    Source: [extending torch.func](https://docs.pytorch.org/docs/stable/notes/extending.func.html).
+    """
+    if fn is None:
+        return jax_function
+    if not callable(fn):
+        raise TypeError(f"jax_function: fn is {fn!r}, which cannot be called. Give a function over JAX arrays.")
+    return JaxFunction(fn)
+
+
+class JaxFunction:
+    """What `jax_function` returns."""
+
+    def __init__(self, fn: Callable[..., Any]):
+        functools.update_wrapper(self, fn)
+        self.__module__, self.__qualname__ = str(getattr(fn, "__module__", None)), _name_of(fn)
+        self._fn, self._name = fn, self.__qualname__
+        self._specialized: dict[Any, Specialized] = {}
+        self._specializing = threading.RLock()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = Arguments(self._name, self._fn, args, kwargs)
+        return self._at(arguments)(arguments.operands)
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """As a method, like any function."""
+        return self if instance is None else functools.partial(self, instance)
+
+    def __repr__(self) -> str:
+        return f"jax_function({self._name})"
+
+    def __reduce__(self) -> Any:
+        """By its name where it is found by it, as functions are: what is behind a decorator cannot be."""
+        return self.__qualname__ if _found(self.__module__, self.__qualname__) is self else (JaxFunction, (self._fn,))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "JaxFunction":
+        return JaxFunction(copy.deepcopy(self._fn, memo))
+
+    def _at(self, arguments: Arguments) -> Specialized:
+        found = self._specialized.get(arguments.key)
+        if found is None:
+            with self._specializing:
+                found = self._specialized.get(arguments.key)
+                if found is None:
+                    found = self._specialized[arguments.key] = Specialized(self._name, self._fn, arguments)
+        return found
+
+
+def _found(module: str, qualname: str) -> Any:
+    found: Any = sys.modules.get(module)
+    for name in qualname.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+def _name_of(fn: Callable[..., Any]) -> str:
+    return getattr(fn, "__qualname__", None) or type(fn).__qualname__
