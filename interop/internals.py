@@ -134,6 +134,17 @@ def compiler_is_loaded() -> bool:
     return "torch._dynamo" in sys.modules
 
 
+def opaque_to_compiler(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that `torch.compile` takes as one step, its insides seen by autograd and traces only."""
+    return importlib.import_module("torch._dynamo").nonstrict_trace(fn)
+
+
+def run_by_compiler(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that `torch.compile` runs when it meets it, and whose result, None, it takes for a constant."""
+    vars(fn)["_dynamo_marked_constant"] = True
+    return fn
+
+
 FAKE_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
 """Where fake tensors say what they cannot do."""
 

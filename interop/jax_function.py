@@ -7,6 +7,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from .internals import opaque_to_compiler, run_by_compiler
 from .jax_calls.arguments import Arguments
 from .jax_calls.specialized import Specialized
 
@@ -32,7 +35,7 @@ def jax_function(fn: Any = None) -> Any:
 
     - `fn`: any callable over `jax.Array`s that can be traced. Its positional and keyword arguments may be any pytrees;
       `torch.Tensor` leaves become arrays of the same shape and dtype, JAX's and NumPy's arrays are operands too, and
-      every other leaf (bool, number, string, None, function) is static. Without `jax_enable_x64`, int64 is int32 to JAX.
+      every other leaf (bool, number, string, function) is static. Without `jax_enable_x64`, JAX sees int64 as int32.
 
     **Returns:** a function that takes tensors where `fn` takes arrays and returns what `fn` returns, with a
     `torch.Tensor` for each array or number. Without x64, JAX's default integer, int32, is returned as torch's, int64.
@@ -41,7 +44,7 @@ def jax_function(fn: Any = None) -> Any:
     meta, sparse, on another device), for a static argument that cannot be hashed, and an output that is no array;
     `JaxCallError` for what JAX raises.
 
-    Source: [extending torch.func](https://docs.pytorch.org/docs/stable/notes/extending.func.html).
+    Source: [torch.func](https://docs.pytorch.org/docs/stable/notes/extending.func.html).
     """
     if fn is None:
         return jax_function
@@ -57,12 +60,25 @@ class JaxFunction:
         functools.update_wrapper(self, fn)
         self.__module__, self.__qualname__ = str(getattr(fn, "__module__", None)), _name_of(fn)
         self._fn, self._name = fn, self.__qualname__
+        self._opaque: Any = None
         self._specialized: dict[Any, Specialized] = {}
         self._specializing = threading.RLock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            self._prepare_for_compiler()
+            return self._opaque(args, kwargs)
+        return self._call(args, kwargs)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         arguments = Arguments(self._name, self._fn, args, kwargs)
         return self._at(arguments)(arguments.operands)
+
+    @run_by_compiler
+    def _prepare_for_compiler(self) -> None:
+        """`torch.compile` is about to meet this function, whose Python it must not look into: JAX's."""
+        if self._opaque is None:
+            self._opaque = opaque_to_compiler(lambda args, kwargs: self._call(args, kwargs))
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         """As a method, like any function."""

@@ -15,6 +15,8 @@ from ..values.arrays import array_to_torch
 from ..values.statics import static_key
 from ..values.trees import flatten_registering, leaf_names
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 
 class Arguments:
     """One call's arguments, taken apart: operands, which are tensors, and static leaves."""
@@ -26,6 +28,7 @@ class Arguments:
         entries: list[Any] = []
         self.places: list[int] = []
         """Which leaf each operand is."""
+        self.shapes: list[tuple[int, ...]] = []
         self.key_impls: dict[int, str] = {}
         for i, leaf in enumerate(self.leaves):
             if not isinstance(leaf, torch.Tensor):
@@ -35,7 +38,10 @@ class Arguments:
                 leaf = self._tensor(i, leaf)
             self.places.append(i)
             self.operands.append(leaf)
-            entries.append((leaf.dtype, leaf.shape, leaf.layout, leaf.device))
+            # Sizes that are symbols to the compiler become numbers: JAX has a program for each shape.
+            shape = leaf.shape if type(leaf) in _PLAIN else tuple(map(int, leaf.shape))
+            self.shapes.append(shape)
+            entries.append((leaf.dtype, shape, leaf.layout, leaf.device))
         self.key = (
             self.treedef,
             tuple(entries),

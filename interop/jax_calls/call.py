@@ -119,4 +119,4 @@ def _of(what: str, name: str) -> str:
 
 def aval_of(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of an operand."""
-    return jax.ShapeDtypeStruct(tuple(map(int, shape)), np.dtype(dtype))
+    return jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))

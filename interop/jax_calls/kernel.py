@@ -1,6 +1,7 @@
 """Running a JAX call on tensors: views of torch's memory in, views of XLA's out."""
 
 import contextlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +19,26 @@ _cpu = Once(lambda: jax.local_devices(backend="cpu")[0])
 """Where tensors on the CPU are for JAX, also where its default device is another."""
 
 
+_is_forked = False
+
+
+def _notice_fork() -> None:
+    global _is_forked
+    _is_forked = _is_forked or _cpu.is_made()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_notice_fork)
+
+
 def run(call: JaxCall, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """The outputs of a call, in memory of their own."""
+    if _is_forked:
+        raise RuntimeError(
+            f"{call.name} is called in a process that was forked after JAX had started: JAX's threads are not in it, "
+            "and it would wait for them forever. Start the process by `spawn` instead: "
+            "`DataLoader(..., multiprocessing_context='spawn')`, `torch.multiprocessing.get_context('spawn')`."
+        )
     with _surroundings(call):
         arrays = [_array(x, a, call.name) for x, a in zip(tensors, call.avals, strict=True)]
         try:

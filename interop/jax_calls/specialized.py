@@ -24,7 +24,10 @@ class Specialized:
         self._places, self._key_impls = arguments.places, arguments.key_impls
         for i in self._places:
             self._statics[i] = None  # values belong to a call
-        avals = [aval_of(x.shape, dtypes.canonical(x.dtype)) for x in arguments.operands]
+        avals = [
+            aval_of(shape, dtypes.canonical(x.dtype))
+            for shape, x in zip(arguments.shapes, arguments.operands, strict=True)
+        ]
         self._call = JaxCall(self._flat, avals, name)
         self._widened = {i for i, a in enumerate(self._call.out_avals) if _torch_dtype(a) != _same_dtype(a)}
 
