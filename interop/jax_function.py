@@ -1,7 +1,7 @@
 """`jax_function`: a JAX function as a torch function over pytrees."""
 
-import copy
 import functools
+import inspect
 import sys
 import threading
 from collections.abc import Callable
@@ -30,6 +30,9 @@ def jax_function(fn: Any = None) -> Any:
 
     The function is compiled by `jax.jit` once for each signature, and must be pure as JAX means it. On the CPU,
     tensors that are contiguous are viewed, not copied, and so are its outputs.
+
+    A function with an argument `key` that is called without one draws it from torch's default generator, so that
+    `torch.manual_seed` and `torch.utils.checkpoint` hold for it; `key` may also be a `torch.Generator` or a JAX key.
 
     **Arguments:**
 
@@ -60,6 +63,7 @@ class JaxFunction:
         functools.update_wrapper(self, fn)
         self.__module__, self.__qualname__ = str(getattr(fn, "__module__", None)), _name_of(fn)
         self._fn, self._name = fn, self.__qualname__
+        self._key_place = _place_of_key(fn)
         self._opaque: Any = None
         self._specialized: dict[Any, Specialized] = {}
         self._specializing = threading.RLock()
@@ -71,8 +75,18 @@ class JaxFunction:
         return self._call(args, kwargs)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        may_draw, generator = self._draws_key(args, kwargs), None
+        if may_draw:
+            generator = kwargs.get("key")
+            kwargs = {name: value for name, value in kwargs.items() if name != "key"}
         arguments = Arguments(self._name, self._fn, args, kwargs)
-        return self._at(arguments)(arguments.operands)
+        return self._at(arguments, may_draw)(arguments.operands, generator)
+
+    def _draws_key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the function takes a key and is given none, or a generator to draw it from."""
+        if self._key_place is None or len(args) > self._key_place:
+            return False
+        return "key" not in kwargs or isinstance(kwargs["key"], torch.Generator)
 
     @run_by_compiler
     def _prepare_for_compiler(self) -> None:
@@ -92,15 +106,16 @@ class JaxFunction:
         return self.__qualname__ if _found(self.__module__, self.__qualname__) is self else (JaxFunction, (self._fn,))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "JaxFunction":
-        return JaxFunction(copy.deepcopy(self._fn, memo))
+        return self  # as functions are
 
-    def _at(self, arguments: Arguments) -> Specialized:
-        found = self._specialized.get(arguments.key)
+    def _at(self, arguments: Arguments, may_draw: bool) -> Specialized:
+        key = arguments.key, may_draw
+        found = self._specialized.get(key)
         if found is None:
             with self._specializing:
-                found = self._specialized.get(arguments.key)
+                found = self._specialized.get(key)
                 if found is None:
-                    found = self._specialized[arguments.key] = Specialized(self._name, self._fn, arguments)
+                    found = self._specialized[key] = Specialized(self._name, self._fn, arguments, may_draw)
         return found
 
 
@@ -109,6 +124,18 @@ def _found(module: str, qualname: str) -> Any:
     for name in qualname.split("."):
         found = getattr(found, name, None)
     return found
+
+
+def _place_of_key(fn: Callable[..., Any]) -> int | None:
+    """How many arguments stand before `key`, if the function takes one by this name."""
+    try:
+        parameters = inspect.signature(fn).parameters
+    except (TypeError, ValueError):
+        return None
+    if "key" not in parameters:
+        return None
+    is_keyword = parameters["key"].kind is inspect.Parameter.KEYWORD_ONLY
+    return sys.maxsize if is_keyword else [*parameters].index("key")
 
 
 def _name_of(fn: Callable[..., Any]) -> str:

@@ -31,6 +31,7 @@ ROOMS = [
     "layers.aliases",
     "layers.equinox",
     "layers.equinox_tools",
+    "layers.jax_module",
     "layers.flax_collections",
     "layers.linen_captured",
     "layers.linen",
