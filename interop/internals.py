@@ -77,8 +77,24 @@ OpOverload = torch._ops.OpOverload
 DisableTorchFunction: Any = _C.DisableTorchFunction
 """Within it no function mode sees what is asked of a tensor; else modes of ours see themselves."""
 
+
+def requires_grad(tensor: torch.Tensor) -> bool:
+    """Whether a tensor requires a gradient; no function mode sees that it is asked for."""
+    if not _C._len_torch_function_stack():
+        return tensor.requires_grad
+    with DisableTorchFunction():
+        return tensor.requires_grad
+
+
 FUNCTION_BASE: type = _C._FunctionBase
 """What nodes of a graph are that are written in Python: their edges have to be held by a tensor."""
+
+
+def plain_apply(function: Any, *args: Any) -> Any:
+    """`apply` of a `torch.autograd.Function` outside of torch.func."""
+    base: Any = super(torch.autograd.Function, function)
+    return base.apply(*args)
+
 
 WEIGHT_NORM, BATCH_NORM = torch._weight_norm, torch._native_batch_norm_legit  # pyright: ignore[reportPrivateImportUsage]
 """What function modes see of weight norm and of batch norm; their second derivatives are composed."""

@@ -1,6 +1,7 @@
 """`jax_function`: a JAX function as a torch function over pytrees."""
 
 import functools
+import importlib
 import inspect
 import sys
 import threading
@@ -57,16 +58,24 @@ def jax_function(fn: Any = None) -> Any:
 
 
 class JaxFunction:
-    """What `jax_function` returns."""
+    """What `jax_function` returns. Like a function it is no object to look into: it has no attributes to set."""
+
+    __slots__ = ("__weakref__", "_fn", "_key_place", "_name", "_opaque", "_specialized", "_specializing")
 
     def __init__(self, fn: Callable[..., Any]):
-        functools.update_wrapper(self, fn)
-        self.__module__, self.__qualname__ = str(getattr(fn, "__module__", None)), _name_of(fn)
-        self._fn, self._name = fn, self.__qualname__
-        self._key_place = _place_of_key(fn)
+        self._fn, self._name, self._key_place = fn, _name_of(fn), _place_of_key(fn)
         self._opaque: Any = None
         self._specialized: dict[Any, Specialized] = {}
         self._specializing = threading.RLock()
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """The JAX function."""
+        return self._fn
+
+    @property
+    def __name__(self) -> str:
+        return self._name.rpartition(".")[2]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
@@ -103,7 +112,9 @@ class JaxFunction:
 
     def __reduce__(self) -> Any:
         """By its name where it is found by it, as functions are: what is behind a decorator cannot be."""
-        return self.__qualname__ if _found(self.__module__, self.__qualname__) is self else (JaxFunction, (self._fn,))
+        module = getattr(self._fn, "__module__", None)
+        is_found = module in sys.modules and _found(module, self._name) is self
+        return (_found, (module, self._name)) if is_found else (JaxFunction, (self._fn,))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "JaxFunction":
         return self  # as functions are
@@ -120,7 +131,8 @@ class JaxFunction:
 
 
 def _found(module: str, qualname: str) -> Any:
-    found: Any = sys.modules.get(module)
+    """What a module has by a name."""
+    found: Any = sys.modules[module] if module in sys.modules else importlib.import_module(module)
     for name in qualname.split("."):
         found = getattr(found, name, None)
     return found

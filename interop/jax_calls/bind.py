@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..internals import TRANSFORM, has_tangents, innermost_transform, is_wrapped, unwrapped
+from ..internals import TRANSFORM, has_tangents, innermost_transform, is_wrapped, plain_apply, requires_grad, unwrapped
 from .call import JaxCall
 from .op import run_or_trace
 from .residuals import Saved, saved
@@ -32,7 +32,7 @@ def bind(call: JaxCall, *operands: torch.Tensor) -> Outputs:
     decides anew.
     """
     transform = innermost_transform()
-    if transform is None and not (torch.is_grad_enabled() and any(x.requires_grad for x in operands)):
+    if transform is None and not (torch.is_grad_enabled() and any(map(requires_grad, operands))):
         return _apply(call, None, operands) if any(map(has_tangents, operands)) else run_or_trace(call, operands)
     if transform in (None, TRANSFORM.Grad):
         active = tuple(i for i in call.inexact if _requires_grad(operands[i]))
@@ -45,9 +45,9 @@ def bind(call: JaxCall, *operands: torch.Tensor) -> Outputs:
 
 def _requires_grad(tensor: torch.Tensor) -> bool:
     """Whether a tensor requires a gradient in one of the transforms that run, or in none."""
-    while not tensor.requires_grad and is_wrapped(tensor):
+    while not requires_grad(tensor) and is_wrapped(tensor):
         tensor = unwrapped(tensor)
-    return tensor.requires_grad
+    return requires_grad(tensor)
 
 
 def _apply(call: JaxCall, program: Program | None, tensors: Sequence[torch.Tensor]) -> Outputs:
@@ -60,6 +60,11 @@ class _JaxCall(torch.autograd.Function):
     Derivatives are those of `call`, a function of operands alone: residuals, which are outputs that have no gradient
     and hints that need none, save time and nothing else. So any order is right.
     """
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """Without transforms, at once what `torch.autograd.Function.apply` comes to after inspecting signatures."""
+        return super().apply(*args) if innermost_transform() is not None else plain_apply(cls, *args)
 
     @staticmethod
     def forward(call: JaxCall, program: Program | None, *tensors: torch.Tensor) -> Outputs:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -126,6 +131,6 @@ class _JaxCall(torch.autograd.Function):
 def _with_hints(call: JaxCall, program: Program, tensors: Sequence[torch.Tensor]) -> Outputs:
     """A call by a program, without looking for another."""
     is_plain = innermost_transform() is None and not any(map(has_tangents, tensors))
-    if is_plain and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors[: len(call.avals)])):
+    if is_plain and not (torch.is_grad_enabled() and any(map(requires_grad, tensors[: len(call.avals)]))):
         return run_or_trace(program.call, [tensors[i] for i in program.picks])
     return _apply(call, program, tensors)

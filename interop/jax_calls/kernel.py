@@ -65,6 +65,8 @@ def _surroundings(call: JaxCall) -> contextlib.AbstractContextManager[Any]:
 
 def _array(tensor: torch.Tensor, aval: Any, name: str) -> jax.Array:
     if dtypes.to_jax_dtype(tensor.dtype) != aval.dtype:  # 64-bit integers, in a JAX without them
+        if dtypes.is_inexact(aval.dtype) or dtypes.canonical(tensor.dtype) != aval.dtype:
+            raise RuntimeError(f"{name} was traced for an operand of {aval.dtype}, and is given {tensor.dtype}.")
         return tensor_to_jax(tensor.contiguous(), name=f"an operand of {name}")
     # A layout of its own would be a compilation of its own.
     tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()

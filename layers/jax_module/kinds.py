@@ -40,9 +40,6 @@ class Kind(ABC):
     def model(self, arrays: Mapping[str, jax.Array]) -> Any:
         """What `JaxModule` was given, with these arrays."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Kind":
-        return self  # it never changes
-
     def __reduce__(self) -> Any:
         return _loaded, (pickling.dumps((type(self), vars(self))),)
 

@@ -51,7 +51,7 @@ class JaxModule(nn.Module):
     def __init__(self, model: Any, variables: Any = None, *, axis_name: str | None = None):
         super().__init__()
         kind = _kind(model, variables, axis_name)
-        self._kind, self._function = kind, _function(kind)
+        self._jax = _Jax(kind)
         self._weights: list[tuple[str, nn.Module, str, bool]] = []
         """Each array's name, and where it is, in which module by which name; whether a call may change it."""
         tensors = {name: array_to_torch(x, copy=True) for name, x in kind.arrays.items()}
@@ -86,7 +86,7 @@ class JaxModule(nn.Module):
         for name, module, attribute, is_state in self._weights:
             tensor = _tensor(module, attribute)
             weights[name] = tensor.clone() if is_state and keeps else tensor
-        out, updates = self._function(weights, args, kwargs, training=self.training, **key)
+        out, updates = self._jax.function(weights, args, kwargs, training=self.training, **key)
         with torch.no_grad():
             for name, module, attribute, _ in self._weights if updates else ():
                 if name in updates:
@@ -94,14 +94,22 @@ class JaxModule(nn.Module):
         return out
 
     def extra_repr(self) -> str:
-        return self._kind.name
+        return self._jax.kind.name
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in super().__getstate__().items() if name != "_function"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._function = _function(self._kind)
+class _Jax:
+    """The JAX side of a module. It never changes, and whoever looks through a module's attributes stops here."""
+
+    __slots__ = ("function", "kind")
+
+    def __init__(self, kind: Kind):
+        self.kind, self.function = kind, _function(kind)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Jax":
+        return self
+
+    def __reduce__(self) -> Any:
+        return _Jax, (self.kind,)
 
 
 def to_jax_model(module: Any) -> Any:
@@ -120,7 +128,7 @@ def to_jax_model(module: Any) -> Any:
         name: tensor_to_jax(_tensor(part, attribute).detach(), copy=True, name=name)
         for name, part, attribute, _ in module._weights
     }
-    return module._kind.model(arrays)
+    return module._jax.kind.model(arrays)
 
 
 class _Part(nn.Module):
