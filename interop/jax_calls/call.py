@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from ..values.dtypes import is_inexact
+from ..values.dtypes import is_inexact, to_torch_dtype
 from .errors import failure
 
 Flat = Callable[..., Sequence[Any]]
@@ -24,6 +24,7 @@ class JaxCall:
 
     def __init__(self, fn: Flat, avals: Sequence[jax.ShapeDtypeStruct], name: str):
         self.fn, self.avals, self.name = fn, tuple(avals), name
+        self.dtypes = tuple(to_torch_dtype(a.dtype) for a in self.avals)
         self.x64: bool = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
         self._made: dict[Any, Any] = {}
         self._making = threading.RLock()

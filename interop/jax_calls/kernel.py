@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import torch
 
-from ..internals import is_tracing, view_as_array, view_as_tensor
+from ..internals import is_tracing, is_wrapped, view_as_array, view_as_tensor
 from ..process.once import Once
 from ..values import dtypes
 from ..values.arrays import array_to_torch, tensor_to_jax
@@ -39,43 +39,45 @@ def run(call: JaxCall, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, .
             "and it would wait for them forever. Start the process by `spawn` instead: "
             "`DataLoader(..., multiprocessing_context='spawn')`, `torch.multiprocessing.get_context('spawn')`."
         )
-    with _surroundings(call):
-        arrays = [_array(x, a, call.name) for x, a in zip(tensors, call.avals, strict=True)]
-        try:
-            outs = call.program(*arrays)
+    if is_tracing() or jax.config.jax_enable_x64 != call.x64:  # pyright: ignore[reportAttributeAccessIssue]
+        with _surroundings(call):
+            return _run(call, tensors)
+    return _run(call, tensors)
+
+
+def _run(call: JaxCall, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    arrays = [_array(x, d, call) for x, d in zip(tensors, call.dtypes, strict=True)]
+    try:
+        outs = call.program(*arrays)
+        is_on_cpu = tensors[0].is_cpu if tensors else all(next(iter(y.devices())).platform == "cpu" for y in outs)
+        if is_on_cpu:
             # XLA may still be reading operands, into which torch may write as soon as this returns. On a GPU, torch's
             # stream waits for the outputs instead.
             for y in outs:
-                if _is_on_cpu(y):
-                    y.block_until_ready()
-        except Exception as exc:
-            raise failure(call.name, call.avals, exc) from exc
-    return tuple(_tensor(y) for y in outs)
+                y.block_until_ready()
+    except Exception as exc:
+        raise failure(call.name, call.avals, exc) from exc
+    return tuple(map(view_as_tensor if is_on_cpu else array_to_torch, outs))
 
 
 def _surroundings(call: JaxCall) -> contextlib.AbstractContextManager[Any]:
     """JAX as it was when the call was made, outside of traces: backward runs wherever torch wants."""
     stack = contextlib.ExitStack()
-    if jax.config.jax_enable_x64 != call.x64:  # pyright: ignore[reportAttributeAccessIssue]
-        stack.enter_context(jax.enable_x64(call.x64))
+    stack.enter_context(jax.enable_x64(call.x64))
     if is_tracing():
         stack.enter_context(jax.ensure_compile_time_eval())
     return stack
 
 
-def _array(tensor: torch.Tensor, aval: Any, name: str) -> jax.Array:
-    if dtypes.to_jax_dtype(tensor.dtype) != aval.dtype:  # 64-bit integers, in a JAX without them
-        if dtypes.is_inexact(aval.dtype) or dtypes.canonical(tensor.dtype) != aval.dtype:
-            raise RuntimeError(f"{name} was traced for an operand of {aval.dtype}, and is given {tensor.dtype}.")
-        return tensor_to_jax(tensor.contiguous(), name=f"an operand of {name}")
-    # A layout of its own would be a compilation of its own.
-    tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    return view_as_array(tensor, _cpu()) if tensor.is_cpu else jax.dlpack.from_dlpack(tensor)
-
-
-def _tensor(array: jax.Array) -> torch.Tensor:
-    return view_as_tensor(array) if _is_on_cpu(array) else array_to_torch(array)
-
-
-def _is_on_cpu(array: jax.Array) -> bool:
-    return array.device is _cpu() or next(iter(array.devices())).platform == "cpu"
+def _array(tensor: torch.Tensor, dtype: torch.dtype, call: JaxCall) -> jax.Array:
+    if tensor.dtype != dtype:
+        if dtypes.is_inexact_tensor(tensor) or dtypes.canonical(tensor.dtype) != dtypes.to_jax_dtype(dtype):
+            raise RuntimeError(f"{call.name} was traced for an operand of {dtype}, and is given {tensor.dtype}.")
+        return tensor_to_jax(tensor.contiguous(), name=f"an operand of {call.name}")  # 64 bits, where JAX has 32
+    if is_wrapped(tensor):
+        tensor = tensor.detach()  # a transform that is over leaves its wrapper behind
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
+    if not tensor.is_contiguous():  # a layout of its own would be a compilation of its own
+        tensor = tensor.contiguous()
+    return view_as_array(tensor, _cpu()) if tensor.is_cpu else jax.dlpack.from_dlpack(tensor.detach())

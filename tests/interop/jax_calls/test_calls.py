@@ -4,6 +4,7 @@ import collections
 import copy
 import gc
 import pickle
+import resource
 import threading
 import weakref
 
@@ -180,9 +181,9 @@ def test_a_typed_key_is_an_operand():
 def test_no_copy_on_the_way_in_or_out(monkeypatch):
     """50 MB each way: JAX's arrays lie where torch's tensors do."""
     taken, given = [], []
-    array, tensor = kernel._array, kernel._tensor
+    array, tensor = kernel._array, kernel.view_as_tensor
     monkeypatch.setattr(kernel, "_array", lambda *a: taken.append(array(*a)) or taken[-1])
-    monkeypatch.setattr(kernel, "_tensor", lambda y: given.append(y) or tensor(y))
+    monkeypatch.setattr(kernel, "view_as_tensor", lambda y: given.append(y) or tensor(y))
     x = torch.randn(50 * 2**18)
     out = torchleaf.jax_function(lambda x: x + 1)(x)
     assert [a.unsafe_buffer_pointer() for a in taken] == [x.data_ptr()]
@@ -237,6 +238,29 @@ def test_without_tensors_and_without_outputs():
     assert torchleaf.jax_function(lambda x: None)(torch.ones(2)) is None
     out = torchleaf.jax_function(lambda x: (1, 2.5, True))(torch.ones(2))
     assert [y.dtype for y in out] == [torch.int64, torch.float32, torch.bool]
+
+
+def test_tensors_that_a_transform_left_behind():
+    kept = []
+    torch.func.grad(lambda x: kept.append(x * 2) or x.sum())(torch.ones(3))
+    assert torch.equal(torchleaf.jax_function(lambda x: x + 1)(kept[0]), torch.full((3,), 3.0))
+
+
+def test_2000_steps_do_not_grow_memory():
+    f = torchleaf.jax_function(lambda x, w: jnp.tanh(x @ w).sum())
+    x, w = torch.randn(64, 256), torch.randn(256, 256, requires_grad=True)
+    optimizer = torch.optim.SGD([w], 1e-4)
+    sizes = []
+    for i in range(2000):
+        optimizer.zero_grad()
+        f(x, w).backward()
+        optimizer.step()
+        if i % 100 == 99:
+            gc.collect()
+            sizes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    assert sizes[-1] - sizes[4] < 20_000  # KiB at most; a weight a step would be 400,000
+    alive = {x.unsafe_buffer_pointer() for x in jax.live_arrays() if x.shape == (256, 256)}
+    assert alive <= {w.grad.data_ptr()}
 
 
 def test_in_threads():
