@@ -13,10 +13,12 @@ from typing import Any
 
 import jax
 import torch
+from jax._src import core as _jax_core
 from jax._src import dispatch as _jax_dispatch
 from jax._src import sharding_impls as _jax_shardings
 from jax._src import util as _jax_util
 from jax._src.interpreters import ad as _jax_ad
+from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
 from torch._functorch import pyfunctorch as _pyfunctorch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -75,6 +77,21 @@ def axes_left_to_xla(axis_context: Any) -> tuple[str, ...]:
     return tuple(axis for axis in sizes if axis not in axis_context.manual_axes and sizes[axis] > 1)
 
 
+def is_tracing() -> bool:
+    """Whether JAX traces in this thread: what is called then becomes part of the trace, constants included."""
+    return not _jax_core.trace_ctx.is_top_level()
+
+
+def view_as_array(tensor: torch.Tensor, device: Any) -> jax.Array:
+    """A dense tensor on the CPU as an array: `jax.dlpack.from_dlpack`, at a tenth of its time."""
+    return _jax.dlpack_managed_tensor_to_buffer(_C._to_dlpack(tensor), device, None)
+
+
+def view_as_tensor(array: jax.Array) -> torch.Tensor:
+    """An array on the CPU as a tensor: `torch.from_dlpack`, at a fifth of its time."""
+    return _C._from_dlpack(_jax.buffer_to_dlpack_managed_tensor(array))
+
+
 # --- ops and modes ---------------------------------------------------------------------------------
 
 OpOverload = torch._ops.OpOverload
@@ -83,8 +100,24 @@ OpOverload = torch._ops.OpOverload
 DisableTorchFunction: Any = _C.DisableTorchFunction
 """Within it no function mode sees what is asked of a tensor; else modes of ours see themselves."""
 
+
+def requires_grad(tensor: torch.Tensor) -> bool:
+    """Whether a tensor requires a gradient; no function mode sees that it is asked for."""
+    if not _C._len_torch_function_stack():
+        return tensor.requires_grad
+    with DisableTorchFunction():
+        return tensor.requires_grad
+
+
 FUNCTION_BASE: type = _C._FunctionBase
 """What nodes of a graph are that are written in Python: their edges have to be held by a tensor."""
+
+
+def plain_apply(function: Any, *args: Any) -> Any:
+    """`apply` of a `torch.autograd.Function` outside of torch.func."""
+    base: Any = super(torch.autograd.Function, function)
+    return base.apply(*args)
+
 
 WEIGHT_NORM, BATCH_NORM = torch._weight_norm, torch._native_batch_norm_legit  # pyright: ignore[reportPrivateImportUsage]
 """What function modes see of weight norm and of batch norm; their second derivatives are composed."""
@@ -148,42 +181,6 @@ def saved_tensor_hooks() -> Any:
     return _C._autograd._top_saved_tensors_default_hooks(True)
 
 
-# --- torch's wording -------------------------------------------------------------------------------
-#
-# torch raises RuntimeErrors for all of these. Where a text changes, what is done in their place is not done: the error
-# reaches the user. Each is provoked by a test.
-
-
-def says_no_second_derivative(text: str) -> bool:
-    """Whether a backward formula cannot be differentiated, or is marked `once_differentiable`."""
-    return "is not implemented" in text or "once_differentiable" in text
-
-
-def says_vmap_cannot(text: str) -> bool:
-    """Whether `torch.func.vmap` met an op that it cannot batch."""
-    return text.startswith("vmap: ")
-
-
-def says_no_real_zeros(text: str) -> bool:
-    """Whether an op wrote into a tangent of zeros, which has no memory."""
-    return "ZeroTensors are immutable" in text
-
-
-def says_leaf_written(text: str) -> bool:
-    """Whether an op wrote into a leaf that requires gradients."""
-    return "leaf Variable that requires grad is being used in an in-place" in text
-
-
-def says_no_gradient_required(text: str) -> bool:
-    """Whether gradients were asked for by a tensor that requires none."""
-    return "does not require grad" in text
-
-
-def says_no_evaluation_backward(text: str) -> bool:
-    """Whether cuDNN's recurrent layers were to go backward in evaluation mode."""
-    return "cudnn RNN backward can only be called in training mode" in text
-
-
 # --- the compiler ----------------------------------------------------------------------------------
 
 
@@ -195,6 +192,17 @@ def load_compiler() -> None:
 def compiler_is_loaded() -> bool:
     """Whether it is there; to load it takes a second."""
     return "torch._dynamo" in sys.modules
+
+
+def opaque_to_compiler(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that `torch.compile` takes as one step, its insides seen by autograd and traces only."""
+    return importlib.import_module("torch._dynamo").nonstrict_trace(fn)
+
+
+def run_by_compiler(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that `torch.compile` runs when it meets it, and whose result, None, it takes for a constant."""
+    vars(fn)["_dynamo_marked_constant"] = True
+    return fn
 
 
 FAKE_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
@@ -266,6 +274,49 @@ def is_wrapped(tensor: torch.Tensor) -> bool:
 def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
     """What is in the wrapper."""
     return _functorch.get_unwrapped(tensor)
+
+
+def innermost_transform() -> Any:
+    """The kind of the innermost transform that is running, or None; quicker than `transforms`."""
+    interpreter = _functorch.peek_interpreter_stack()
+    return None if interpreter is None else interpreter.key()
+
+
+TRANSFORM = _functorch.TransformType
+"""The kinds: Grad, Jvp, Vmap, Functionalize."""
+
+
+def has_dispatch_modes() -> bool:
+    """Whether ops are looked at by a mode: a trace, fake tensors, a recording."""
+    return _C._len_torch_dispatch_stack() > 0
+
+
+def has_tangents(tensor: torch.Tensor) -> bool:
+    """Whether a plain tensor is a dual number of `torch.autograd.forward_ad`."""
+    level = torch.autograd.forward_ad._current_level
+    return level >= 0 and not is_grads_batch(tensor) and torch._VF._unpack_dual(tensor, level=level)[1] is not None
+
+
+def is_grads_batch(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a batch of `torch.autograd.grad(is_grads_batched=True)`, which is no vmap of torch.func."""
+    return _functorch.is_legacy_batchedtensor(tensor)
+
+
+def grads_batch_level() -> int:
+    """The level of those batches that is innermost."""
+    level = _C._vmapmode_increment_nesting() - 1
+    _C._vmapmode_decrement_nesting()
+    return level
+
+
+def grads_of_batch(tensor: torch.Tensor, level: int) -> torch.Tensor:
+    """What is in such a batch, its batch axis in front; a size that is not the batch's is never looked at."""
+    return _C._VariableFunctions._remove_batch_dim(tensor, level, 1, 0)
+
+
+def batch_of_grads(tensor: torch.Tensor, level: int) -> torch.Tensor:
+    """A tensor as such a batch over its first axis."""
+    return _C._VariableFunctions._add_batch_dim(tensor, 0, level)
 
 
 # --- memory ----------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.all_cases
 PACKAGE = Path(torchleaf.__path__[0])
 ROOMS = [
     "interop.internals",
+    "interop.wording",
     "interop.errors",
     "interop.types",
     "interop.process",
@@ -25,12 +26,15 @@ ROOMS = [
     "interop.sharding",
     "interop.primitive",
     "interop.function",
+    "interop.jax_calls",
+    "interop.jax_function",
     "interop.doctor",
     "interop",
     "layers.module",
     "layers.aliases",
     "layers.equinox",
     "layers.equinox_tools",
+    "layers.jax_module",
     "layers.flax_collections",
     "layers.linen_captured",
     "layers.linen",

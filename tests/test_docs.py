@@ -53,6 +53,8 @@ def test_the_page_on_devices_with_several():
 SETUP = {
     "check.check": "",
     "function.torch_function": "x, y = jnp.ones(3), jnp.zeros(3)",
+    "jax_function.jax_function": "",
+    "module.JaxModule": "",
     "equinox.TorchModule": """
         x, y = jnp.ones((64, 3)), jnp.zeros((64, 4))
         loss = lambda encoder, x, y: jnp.mean((jax.vmap(encoder)(x) - y) ** 2)

@@ -13,16 +13,18 @@ from fresh_process import run_python
 FUNCTIONS = [
     "check",
     "doctor",
+    "jax_function",
     "load_state_dict",
     "stack",
     "state_dict",
     "to_jax",
+    "to_jax_model",
     "to_torch",
     "to_torch_module",
     "torch_function",
     "trainable",
 ]
-ERRORS = ["RandomnessError", "StateError", "TorchCallError"]
+ERRORS = ["JaxCallError", "RandomnessError", "StateError", "TorchCallError"]
 
 PACKAGE = Path(torchleaf.__path__[0])
 SOURCES = [
@@ -37,7 +39,7 @@ FOR_FLAX = ("flax_collections.py", "linen.py", "nnx.py")
 
 def test_public_names():
     public = {n for n, x in vars(torchleaf).items() if not n.startswith("_") and not inspect.ismodule(x)}
-    assert public == {*FUNCTIONS, *ERRORS, "TorchModule"}
+    assert public == {*FUNCTIONS, *ERRORS, "JaxModule", "TorchModule"}
 
 
 def test_equinox_module_is_the_default_one():

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import TorchCallError, quote
-from ..internals import says_no_real_zeros
 from ..modes.trial import trial_run
+from ..wording import says_no_real_zeros
 from .plan import CERTAIN, Plan, candidates, needs_audit
 from .proof import disagreement
 

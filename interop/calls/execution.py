@@ -11,11 +11,11 @@ from functools import cached_property
 import torch
 
 from ..errors import quote
-from ..internals import says_no_evaluation_backward, says_vmap_cannot
 from ..modes import ambient
 from ..modes.kernels import FUSED, NONE, chosen, lacking_derivatives, refuse_scripted
 from ..replay.repeated import LARGE, LARGE_ON_GPU, Repeated
 from ..types import Tensors
+from ..wording import says_no_evaluation_backward, says_vmap_cannot
 from . import scope
 from .call import Computation, TorchCall
 from .choice import Choice

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import ForeignTensorError, RandomnessError, TorchCallError
-from ..internals import FakeTensor, says_leaf_written
+from ..internals import FakeTensor
 from ..modes.aten import bound, tensors_in, written
 from ..modes.dispatch import Mode
 from ..modes.random import draws
@@ -19,6 +19,7 @@ from ..modes.trial import trial_run
 from ..types import Tensors
 from ..values.dtypes import is_inexact
 from ..values.memory import has_storage, storage_of
+from ..wording import says_leaf_written
 from . import reverse, scope
 from .base import Base
 from .call import take

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..internals import says_no_second_derivative
+from ..wording import says_no_second_derivative
 
 Tensors = tuple[torch.Tensor, ...]
 Function = Callable[..., Tensors]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..internals import says_no_gradient_required
+from ..wording import says_no_gradient_required
 from .function_modes import FunctionMode
 
 _GETTER = torch.Tensor.requires_grad.__get__  # pyright: ignore[reportAttributeAccessIssue]

@@ -21,6 +21,10 @@ class Once(Generic[Value]):
                     self._made = [self._make()]
         return self._made[0]
 
+    def is_made(self) -> bool:
+        """Whether somebody has needed it."""
+        return bool(self._made)
+
     def forget(self) -> None:
         """Make it anew at the next call."""
         self._lock, self._made = threading.Lock(), list[Value]()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torchleaf.interop import internals
+from torchleaf.interop import wording
 
 
 class _Once(torch.autograd.Function):
@@ -53,12 +53,12 @@ def backward_of_a_constant():
 @pytest.mark.parametrize(
     ("provoke", "predicate"),
     [
-        (marked_once_differentiable, internals.says_no_second_derivative),
-        (without_second_derivative, internals.says_no_second_derivative),
-        (batched_read, internals.says_vmap_cannot),
-        (write_into_zeros, internals.says_no_real_zeros),
-        (write_into_a_leaf, internals.says_leaf_written),
-        (backward_of_a_constant, internals.says_no_gradient_required),
+        (marked_once_differentiable, wording.says_no_second_derivative),
+        (without_second_derivative, wording.says_no_second_derivative),
+        (batched_read, wording.says_vmap_cannot),
+        (write_into_zeros, wording.says_no_real_zeros),
+        (write_into_a_leaf, wording.says_leaf_written),
+        (backward_of_a_constant, wording.says_no_gradient_required),
     ],
     ids=lambda f: f.__name__,
 )
@@ -67,7 +67,7 @@ def test_wording(provoke, predicate):
     with pytest.raises(RuntimeError) as failure:
         provoke()
     assert predicate(str(failure.value))
-    others = {value for name, value in vars(internals).items() if name.startswith("says_")} - {predicate}
+    others = {value for name, value in vars(wording).items() if name.startswith("says_")} - {predicate}
     assert not any(other(str(failure.value)) for other in others)
 
 
@@ -76,4 +76,4 @@ def test_wording_of_cudnn():
     layer, x = torch.nn.GRU(3, 3).cuda().eval(), torch.ones(4, 3, device="cuda", requires_grad=True)
     with pytest.raises(RuntimeError) as failure:
         layer(x)[0].sum().backward()
-    assert internals.says_no_evaluation_backward(str(failure.value))
+    assert wording.says_no_evaluation_backward(str(failure.value))

@@ -1,0 +1,83 @@
+"""Running a JAX call on tensors: views of torch's memory in, views of XLA's out."""
+
+import contextlib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import torch
+
+from ..internals import is_tracing, is_wrapped, view_as_array, view_as_tensor
+from ..process.once import Once
+from ..values import dtypes
+from ..values.arrays import array_to_torch, tensor_to_jax
+from .call import JaxCall
+from .errors import failure
+
+_cpu = Once(lambda: jax.local_devices(backend="cpu")[0])
+"""Where tensors on the CPU are for JAX, also where its default device is another."""
+
+
+_is_forked = False
+
+
+def _notice_fork() -> None:
+    global _is_forked
+    _is_forked = _is_forked or _cpu.is_made()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_notice_fork)
+
+
+def run(call: JaxCall, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The outputs of a call, in memory of their own."""
+    if _is_forked:
+        raise RuntimeError(
+            f"{call.name} is called in a process that was forked after JAX had started: JAX's threads are not in it, "
+            "and it would wait for them forever. Start the process by `spawn` instead: "
+            "`DataLoader(..., multiprocessing_context='spawn')`, `torch.multiprocessing.get_context('spawn')`."
+        )
+    if is_tracing() or jax.config.jax_enable_x64 != call.x64:  # pyright: ignore[reportAttributeAccessIssue]
+        with _surroundings(call):
+            return _run(call, tensors)
+    return _run(call, tensors)
+
+
+def _run(call: JaxCall, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    arrays = [_array(x, d, call) for x, d in zip(tensors, call.dtypes, strict=True)]
+    try:
+        outs = call.program(*arrays)
+        is_on_cpu = tensors[0].is_cpu if tensors else all(next(iter(y.devices())).platform == "cpu" for y in outs)
+        if is_on_cpu:
+            # XLA may still be reading operands, into which torch may write as soon as this returns. On a GPU, torch's
+            # stream waits for the outputs instead.
+            for y in outs:
+                y.block_until_ready()
+    except Exception as exc:
+        raise failure(call.name, call.avals, exc) from exc
+    return tuple(map(view_as_tensor if is_on_cpu else array_to_torch, outs))
+
+
+def _surroundings(call: JaxCall) -> contextlib.AbstractContextManager[Any]:
+    """JAX as it was when the call was made, outside of traces: backward runs wherever torch wants."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(jax.enable_x64(call.x64))
+    if is_tracing():
+        stack.enter_context(jax.ensure_compile_time_eval())
+    return stack
+
+
+def _array(tensor: torch.Tensor, dtype: torch.dtype, call: JaxCall) -> jax.Array:
+    if tensor.dtype != dtype:
+        if dtypes.is_inexact_tensor(tensor) or dtypes.canonical(tensor.dtype) != dtypes.to_jax_dtype(dtype):
+            raise RuntimeError(f"{call.name} was traced for an operand of {dtype}, and is given {tensor.dtype}.")
+        return tensor_to_jax(tensor.contiguous(), name=f"an operand of {call.name}")  # 64 bits, where JAX has 32
+    if is_wrapped(tensor):
+        tensor = tensor.detach()  # a transform that is over leaves its wrapper behind
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
+    if not tensor.is_contiguous():  # a layout of its own would be a compilation of its own
+        tensor = tensor.contiguous()
+    return view_as_array(tensor, _cpu()) if tensor.is_cpu else jax.dlpack.from_dlpack(tensor.detach())
