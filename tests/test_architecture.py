@@ -22,6 +22,8 @@ ROOMS = [
     "interop.calls",
     "interop.tracing",
     "interop.transport",
+    "interop.xla",
+    "interop.xla.ops",
     "interop.sharding",
     "interop.primitive",
     "interop.function",

@@ -93,6 +93,10 @@ class KnownConstants(FakeTensorMode):
         """Whether a tensor is neither fake nor made here."""
         return not self.is_our_fake(tensor) and storage_of(tensor) not in self._made
 
+    def is_known(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor has values that can be read."""
+        return self._is_known(tensor)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         try:
