@@ -104,6 +104,7 @@ class Capture(Mode):
         given = (args, {k: v for k, v in kwargs.items() if found is None or k not in places})
         refs = self._with_refs(given) if into else None  # before values change
         before = [(x, *self._whole(x)) for x in into if not self._is_unknown(x)]
+        olds = {} if torch.is_grad_enabled() else {id(x): self.memory.read(x) for x in into}
         result = func(*args, **kwargs)
         for target, whole, number in before:
             if not self._known.is_known(target):  # something unknown was written into a constant
@@ -113,11 +114,17 @@ class Capture(Mode):
         fresh = [x for x in outs if not any(x is target for target in targets(func, args, kwargs))]
         if not into and not any(map(self._is_unknown, fresh)):
             return result  # a constant, or nothing
-        self._add_node(func, refs or self._with_refs(given), found, fresh, into)
+        self._add_node(func, refs or self._with_refs(given), found, fresh, into, olds)
         return result
 
     def _add_node(
-        self, func: Any, refs: Any, found: table.Op | None, fresh: list[torch.Tensor], into: list[torch.Tensor]
+        self,
+        func: Any,
+        refs: Any,
+        found: table.Op | None,
+        fresh: list[torch.Tensor],
+        into: list[torch.Tensor],
+        olds: dict[int, int],
     ) -> None:
         args, kwargs = refs
         values = [self._new_like(x) for x in (*fresh, *into)]
@@ -128,7 +135,8 @@ class Capture(Mode):
         stops = not torch.is_grad_enabled() or (self.detaching > 0 and func is _DETACH)
         draws_key = found is not None and found.wants_key
         name, is_carried = functional_name(func), found is None
-        self._nodes.append(Node(name, function, args, kwargs, tuple(values), stops, is_carried, draws_key))
+        kept = {new: olds[id(x)] for x, new in zip(into, values[len(fresh) :], strict=True) if id(x) in olds}
+        self._nodes.append(Node(name, function, args, kwargs, tuple(values), stops, is_carried, draws_key, kept))
         for tensor, value in zip(fresh, values, strict=False):
             self.memory.add(tensor, value)
         for tensor, value in zip(into, values[len(fresh) :], strict=True):

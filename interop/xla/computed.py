@@ -42,7 +42,8 @@ class Computed:
         return jax.tree.unflatten(self._found.treedef, leaves), dict(zip(self.state, feed, strict=True))
 
     def _run(self, operands: Sequence[Any]) -> list[Any]:
-        env: dict[int, Any] = dict(enumerate(operands[: self._n_operands])) | dict(self.graph.constants)
+        env: dict[int, Any] = dict(enumerate(operands[: self._n_operands]))
+        env |= {number: jnp.asarray(x) for number, x in self.graph.constants.items()}
         key, n_drawn = (_typed(operands[-1]), 0) if self.random else (None, 0)
         for node in self.graph.nodes:
             more: dict[str, Any] = {}
@@ -63,7 +64,22 @@ class Computed:
                         f"{self._name}: JAX's function for {node.name} returned shape {jnp.shape(x)}, but torch's has "
                         f"{aval.shape}. This is a fault of torchleaf's; use engine='torch' for this callable."
                     )
-                env[number] = jax.lax.stop_gradient(cast(x, aval.dtype)) if node.stops else cast(x, aval.dtype)
+                value = cast(x, aval.dtype)
+                if node.stops:
+                    old = node.olds.get(number)
+                    value = jax.lax.stop_gradient(value) if old is None else _in_place_of(env[old], value)
+                env[number] = value
+
+
+@jax.custom_jvp
+def _in_place_of(old: Any, new: Any) -> Any:
+    """A value with the derivative of another one."""
+    return new
+
+
+@_in_place_of.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    return primals[1], tangents[0]
 
 
 def _flat(result: Any) -> list[Any]:

@@ -54,7 +54,7 @@ def op(*names: str, updates: bool = False) -> Callable[[Callable[..., Any]], Cal
     """Register a function for ops, each by its name, `add`, or by that of one overload, `max.dim`."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        parameters = inspect.signature(function, follow_wrapped=False).parameters
+        parameters = inspect.signature(function).parameters
         for name in names:
             assert name not in _TABLE, name
             _TABLE[name] = Op(function, "out" in parameters, "key" in parameters, updates)

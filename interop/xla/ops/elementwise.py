@@ -3,7 +3,6 @@
 All operands of an op are brought to one dtype first, torch's promotion of theirs; half precision is computed in single.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +29,6 @@ def pointwise(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         @op(*names)
-        @functools.wraps(function)
         def run(*args: Any, out: Any, **kwargs: Any) -> Any:
             dtype = computing_dtype(out, *args)
             return function(*(_brought(x, dtype) for x in args), **kwargs)

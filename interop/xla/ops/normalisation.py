@@ -1,4 +1,4 @@
-"""Normalisation. Half precision is computed in single."""
+"""Normalisation. Half precision is computed in single; statistics that an op returns are constants, as in torch."""
 
 import math
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def _affine(x: Any, weight: Any, bias: Any, shape: Sequence[int]) -> Any:
 def layer_norm(x: Any, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Any:
     """Over the last axes; the result, means and reciprocal deviations."""
     normed, mean, scale = _standardised(x.astype(opmath(x.dtype)), range(x.ndim - len(shape), x.ndim), eps)
-    return _affine(normed, weight, bias, shape), mean, scale
+    return _affine(normed, weight, bias, shape), *map(lax.stop_gradient, (mean, scale))
 
 
 @op("_fused_rms_norm")
@@ -48,7 +48,7 @@ def group_norm(x: Any, weight: Any, bias: Any, n: int, channels: int, size: int,
     wide = x.astype(opmath(x.dtype)).reshape(n, groups, -1)
     normed, mean, scale = _standardised(wide, (2,), eps)
     normed = _affine(normed.reshape(x.shape), weight, bias, (channels, *(1,) * (x.ndim - 2)))
-    return normed, mean.reshape(n, groups), scale.reshape(n, groups)
+    return normed, *(lax.stop_gradient(s.reshape(n, groups)) for s in (mean, scale))
 
 
 @op("native_batch_norm", "_native_batch_norm_legit.default", updates=True)
@@ -65,11 +65,11 @@ def batch_norm(
         return _affine(normed, weight, bias, shape), *empty
     axes = (0, *range(2, x.ndim))
     normed, own_mean, scale = _standardised(wide, axes, eps)
-    own_mean, scale = own_mean.ravel(), scale.ravel()
+    own_mean, scale = (lax.stop_gradient(s.ravel()) for s in (own_mean, scale))
     results = [_affine(normed, weight, bias, shape), own_mean, scale]
     if len(out) > 3:
         count = math.prod(x.shape[axis] for axis in axes)
-        own_var = jnp.var(wide, axes) * (count / max(count - 1, 1))
+        own_var = lax.stop_gradient(jnp.var(wide, axes)) * (count / max(count - 1, 1))
         results += [(1 - momentum) * old + momentum * new for old, new in ((mean, own_mean), (var, own_var))]
     return tuple(results)
 

@@ -1,6 +1,6 @@
 """Padding, and patches of images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,28 +20,34 @@ def constant_pad(x: Any, pad: Sequence[int], value: Number = 0) -> Any:
     return lax.pad(x, jnp.asarray(value, x.dtype), widths)
 
 
-def _padded(x: Any, pad: Sequence[int], mode: str) -> Any:
-    n, widths = len(pad) // 2, []
-    x_cut = x
-    for axis in range(x.ndim):
-        i = x.ndim - 1 - axis
-        low, high = (pad[2 * i], pad[2 * i + 1]) if i < n else (0, 0)
-        if low < 0 or high < 0:
-            x_cut = lax.slice_in_dim(x_cut, max(0, -low), x_cut.shape[axis] - max(0, -high), axis=axis)
-        widths.append((max(0, low), max(0, high)))
-    return jnp.pad(x_cut, widths, mode=mode)
+def _padded(x: Any, pad: Sequence[int], nearest: Callable[[np.ndarray, int], np.ndarray]) -> Any:
+    """With the last axes padded, or cut, by positions that are found in the axis."""
+    for i in range(len(pad) // 2):
+        axis = x.ndim - 1 - i
+        size = x.shape[axis]
+        x = jnp.take(x, nearest(np.arange(-pad[2 * i], size + pad[2 * i + 1]), size), axis=axis)
+    return x
+
+
+def _reflected(places: np.ndarray, size: int) -> np.ndarray:
+    places = np.abs(places)
+    return np.where(places >= size, 2 * (size - 1) - places, places)
+
+
+def _clipped(places: np.ndarray, size: int) -> np.ndarray:
+    return places.clip(0, size - 1)
 
 
 @op("reflection_pad1d", "reflection_pad2d", "reflection_pad3d")
 def reflection_pad(x: Any, pad: Sequence[int]) -> Any:
     """Padded by reflections."""
-    return _padded(x, pad, "reflect")
+    return _padded(x, pad, _reflected)
 
 
 @op("replication_pad1d", "replication_pad2d", "replication_pad3d")
 def replication_pad(x: Any, pad: Sequence[int]) -> Any:
     """Padded by the values on the border."""
-    return _padded(x, pad, "edge")
+    return _padded(x, pad, _clipped)
 
 
 @op("im2col")

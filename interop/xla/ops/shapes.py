@@ -178,13 +178,25 @@ def diag_embed(x: Any, offset: int = 0, dim1: int = -2, dim2: int = -1, *, out: 
     return diagonal_scatter(jnp.zeros(out.shape, x.dtype), x, offset, dim1, dim2)
 
 
-@op("as_strided")
-def as_strided(x: Any, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> Any:
-    """Positions of contiguous memory."""
+def _places(size: Sequence[int], stride: Sequence[int], offset: int | None) -> np.ndarray:
     places = np.full(tuple(size), offset or 0)
     for axis, (n, s) in enumerate(zip(size, stride, strict=True)):
         places = places + (np.arange(n) * s).reshape([-1 if i == axis else 1 for i in range(len(size))])
-    return window(places, x.shape)(x)
+    return places
+
+
+@op("as_strided")
+def as_strided(x: Any, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> Any:
+    """Positions of contiguous memory."""
+    return window(_places(size, stride, offset), x.shape)(x)
+
+
+@op("as_strided_scatter", "prims::as_strided_scatter")
+def as_strided_scatter(
+    x: Any, source: Any, size: Sequence[int], stride: Sequence[int], offset: int | None = None
+) -> Any:
+    """With positions of contiguous memory replaced."""
+    return put(_places(size, stride, offset), x.shape)(x, cast(source, x.dtype))
 
 
 @op("unfold")
