@@ -54,7 +54,7 @@ class Capture(Mode):
         self._kept: list[torch.Tensor] = []
         self.detaching = 0
         """How many calls of `Tensor.detach` are running."""
-        self.memory = Memory(self._constant, self._window, self._put)
+        self.memory = Memory(known.storage_behind, self._constant, self._window, self._put)
         for tensor, aval in zip(operands, avals, strict=True):
             self.memory.add(tensor, self._new(aval, tensor.dtype))
 

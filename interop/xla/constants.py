@@ -14,5 +14,5 @@ def to_numpy(tensor: torch.Tensor, dtype: np.dtype) -> np.ndarray:
     array = bits.numpy().view(to_jax_dtype(tensor.dtype))
     if array.dtype != dtype and array.dtype.kind in "iu":
         limits = np.iinfo(dtype)
-        array = array.clip(limits.min, limits.max)
+        array = np.asarray(array.clip(limits.min, limits.max))
     return array.astype(dtype)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from ..errors import TorchCallError
-from ..values.memory import storage_of
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], Any]
 
@@ -29,6 +28,7 @@ class Memory:
 
     **Arguments:**
 
+    - `storage_of`: tells the storage that a tensor lies in.
     - `constant`: makes a value of a tensor that is not fake.
     - `window`: makes the value of a view: of a value and the positions in it that the view shows.
     - `put`: makes the value that one has after another one was put at positions of it.
@@ -36,26 +36,28 @@ class Memory:
 
     def __init__(
         self,
+        storage_of: Callable[[torch.Tensor], int],
         constant: Callable[[torch.Tensor], int],
         window: Callable[[int, np.ndarray, torch.Tensor], int],
         put: Callable[[int, int, np.ndarray, torch.Tensor], int],
     ):
+        self._storage_of = storage_of
         self._constant, self._window, self._put = constant, window, put
         self._storages: dict[int, _Storage] = {}
         self._tensors: dict[int, tuple[torch.Tensor, int, int]] = {}  # held, so that no id is used again
 
     def is_known(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's memory has a value here; if not, it is a constant."""
-        return storage_of(tensor) in self._storages
+        return self._storage_of(tensor) in self._storages
 
     def add(self, tensor: torch.Tensor, value: int) -> None:
         """A tensor that an op returned, with its value."""
-        storage = self._storages.setdefault(storage_of(tensor), _Storage(value, tensor))
+        storage = self._storages.setdefault(self._storage_of(tensor), _Storage(value, tensor))
         self._tensors[id(tensor)] = (tensor, value, storage.version)
 
     def read(self, tensor: torch.Tensor) -> int:
         """The value of a tensor."""
-        storage = self._storages.get(storage_of(tensor))
+        storage = self._storages.get(self._storage_of(tensor))
         if storage is None:
             return self._constant(tensor)
         held = self._tensors.get(id(tensor))
@@ -68,7 +70,7 @@ class Memory:
 
     def write(self, tensor: torch.Tensor, value: int) -> None:
         """The tensor has a new value, and so have those that share its memory."""
-        storage = self._storages[storage_of(tensor)]
+        storage = self._storages[self._storage_of(tensor)]
         if _geometry(tensor) == _geometry(storage.base) and tensor.dtype == storage.base.dtype:
             storage.value = value
         else:
@@ -78,7 +80,7 @@ class Memory:
 
     def adopt(self, whole: torch.Tensor, value: int) -> None:
         """A constant's memory, in which something unknown was written: what it was before."""
-        self._storages.setdefault(storage_of(whole), _Storage(value, whole))
+        self._storages.setdefault(self._storage_of(whole), _Storage(value, whole))
 
     def _places(self, storage: _Storage, tensor: torch.Tensor) -> np.ndarray:
         """Where in the flat value of a storage the elements of a tensor are."""
@@ -90,7 +92,7 @@ class Memory:
         base = _offsets(_geometry(storage.base)).ravel()
         places = np.full(max(base.max(initial=-1), _offsets(_geometry(tensor)).max(initial=-1)) + 1, -1)
         places[base] = np.arange(base.size)
-        return places[_offsets(_geometry(tensor))]
+        return np.asarray(places[_offsets(_geometry(tensor))])
 
 
 def _geometry(tensor: torch.Tensor) -> Geometry:

@@ -19,7 +19,7 @@ from ..modes.trial import fake_mode
 from ..tracing.arguments import Arguments
 from ..tracing.keys import with_key
 from ..tracing.target import Target
-from ..tracing.trace import Trace, trace
+from ..tracing.trace import Trace, failed, trace
 from ..tracing.traceable import Flat, Traceable
 from ..types import Aval, CallOptions, Operand
 from ..values import dtypes
@@ -79,6 +79,8 @@ def specialize(
         found = trace(given, out_shape=options.out_shape, examples=tuple)
     except ForeignTensorError as exc:
         raise target.explained(exc) from exc
+    except TorchCallError as exc:
+        raise (_explained(given, exc.__cause__) or exc) from exc.__cause__
     if found.host_random:
         raise TorchCallError(
             f"{target.name} draws from {' and '.join(sorted(found.host_random))}, whose numbers would be the same in "
@@ -90,8 +92,12 @@ def specialize(
     return Computed(target.name, graph, found, options, len(operands))
 
 
+_COMPOSED = frozenset({"attention", "recurrent", "linear cross entropy"})
+"""Kernels whose parts are captured. The last one computes what it needs for a gradient if it is asked for one."""
+
+
 def _captured(run: Flat, traced: Traceable, found: Trace, carrier: Carrier) -> Graph:
-    with fake_mode() as mode, plain_kernels(frozenset({"attention", "recurrent"})):
+    with fake_mode() as mode, plain_kernels(_COMPOSED):
         try:
             return _capture(run, traced, found, mode, carrier)
         except TorchCallError:
@@ -117,6 +123,13 @@ def _capture(run: Flat, traced: Traceable, found: Trace, mode: KnownConstants, c
     return capture.graph(outs)
 
 
+def _explained(traced: Traceable, cause: BaseException | None) -> TorchCallError | None:
+    """The error for a callable that fake tensors do not get through; None if another one says all."""
+    if isinstance(cause, DataDependentOutputException | DynamicOutputShapeException):
+        return reading_error(traced.name, cause)
+    return failed(traced, cause) if isinstance(cause, Exception) else None
+
+
 def reading_error(name: str, exc: Exception) -> TorchCallError:
     """The error for a callable that reads values, by the line that does."""
     where = line_of(exc)
@@ -140,7 +153,14 @@ def line_of(exc: BaseException) -> str | None:
 
 
 _PACKAGE = Path(__file__).parents[2]
-_FOLDERS = (Path(torch.__file__).parent, Path(jax.__file__).parent, _PACKAGE / "interop", _PACKAGE / "layers")
+_TORCH = Path(torch.__file__).parent
+_FOLDERS = (
+    _TORCH,
+    Path(jax.__file__).parent,
+    _PACKAGE / "interop",
+    _PACKAGE / "layers",
+    *(_TORCH.parent / name for name in ("jaxtyping", "beartype", "equinox", "flax")),
+)
 _LIBRARIES = tuple(f"{folder}{os.sep}" for folder in _FOLDERS)
 
 

@@ -68,12 +68,18 @@ def rrelu(
     return (x * slopes, slopes)[: len(outs)]
 
 
-@op("elu", "celu", "selu")
+@op("elu")
 def elu(x: Any, alpha: Number = 1.0, scale: Number = 1.0, input_scale: Number = 1.0, *, out: Any) -> Any:
     """Exponential on the negative side, whose derivative it has at zero."""
     x = _wide(x, out)
     negative = jnp.where(x > 0, 0, x)
     return jnp.where(x > 0, x * scale, jnp.expm1(negative * input_scale) * alpha * scale)
+
+
+@op("celu")
+def celu(x: Any, alpha: Number = 1.0, *, out: Any) -> Any:
+    """The same, of one slope."""
+    return elu(x, alpha, 1.0, 1 / alpha, out=out)
 
 
 @op("gelu")

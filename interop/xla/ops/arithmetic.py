@@ -115,15 +115,20 @@ def _power(x: Any, y: Any) -> Any:
     return jnp.power(x, y)
 
 
-@_power.defjvp
-def _(primals: Any, tangents: Any) -> Any:
+def _power_jvp(primals: Any, tangents: Any) -> Any:
     """torch's formulas: by the base zero where the exponent is, by the exponent zero where the base is."""
     (x, y), (dx, dy) = primals, tangents
-    result = _power(x, y)
+    result, tangent = _power(x, y), jnp.zeros_like(x * y)
     by_base = jnp.where(y == 0, 0, y * _power(x, jnp.where(y == 0, 1, y - 1)))
     is_zero = (x == 0) & ((y >= 0) if category(y.dtype) < 3 else (y.real >= 0))
     by_exponent = jnp.where(is_zero, 0, result * jnp.log(jnp.where(is_zero, 1, x)))
-    return result, by_base * dx + by_exponent * dy
+    for slope, given in ((by_base, dx), (by_exponent, dy)):
+        if not isinstance(given, jax.custom_derivatives.SymbolicZero):  # whose product with infinity would be NaN
+            tangent = tangent + slope * given
+    return result, tangent
+
+
+_power.defjvp(_power_jvp, symbolic_zeros=True)
 
 
 @pointwise("atan2", "arctan2")
@@ -172,8 +177,8 @@ def copysign(x: Any, y: Any) -> Any:
 
 @pointwise("nextafter")
 def nextafter(x: Any, y: Any) -> Any:
-    """The next number towards `y`."""
-    return jnp.nextafter(x, y)
+    """The next number towards `y`; it has no derivative."""
+    return jnp.nextafter(lax.stop_gradient(x), lax.stop_gradient(y))
 
 
 @pointwise("ldexp")

@@ -78,9 +78,21 @@ def _(primals: Any, tangents: Any) -> Any:
     return _abs_complex(x), (direction.real * t.real + direction.imag * t.imag).astype(t.real.dtype)
 
 
+@jax.custom_jvp
+def _abs_real(x: Any) -> Any:
+    return lax.abs(x)
+
+
+@_abs_real.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    return lax.abs(primals[0]), tangents[0] * jnp.sign(primals[0])
+
+
 def absolute(x: Any) -> Any:
     """The absolute value, whose derivative at zero is zero."""
-    return _abs_complex(x) if category(x.dtype) == 3 else jnp.abs(x)
+    if category(x.dtype) == 3:
+        return _abs_complex(x)
+    return _abs_real(x) if category(x.dtype) == 2 else jnp.abs(x)
 
 
 def _angle(x: Any) -> Any:
@@ -98,6 +110,32 @@ def _erfinv(x: Any) -> Any:
 def round_half_to_even(x: Any) -> Any:
     """To the nearest integer, of two the even one."""
     return lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN) if category(x.dtype) == 2 else x
+
+
+@jax.custom_jvp
+def lgamma(x: Any) -> Any:
+    """The logarithm of the gamma function."""
+    return special.gammaln(x)
+
+
+@lgamma.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    return lgamma(primals[0]), digamma(primals[0]) * tangents[0]
+
+
+@jax.custom_jvp
+def digamma(x: Any) -> Any:
+    """The derivative of `lgamma`."""
+    return special.digamma(x)
+
+
+@digamma.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    """By reflection for small numbers, among which JAX's has no negative ones."""
+    (x,) = primals
+    small = x < 0.5
+    mirrored = special.polygamma(jnp.ones(x.shape, jnp.int32), jnp.where(small, 1 - x, x))
+    return digamma(x), jnp.where(small, (jnp.pi / jnp.sin(jnp.pi * x)) ** 2 - mirrored, mirrored) * tangents[0]
 
 
 def _reciprocal(x: Any) -> Any:
@@ -134,8 +172,8 @@ _register(
         "erf": special.erf,
         "erfc": special.erfc,
         "erfinv": _erfinv,
-        "lgamma": special.gammaln,
-        "digamma": special.digamma,
+        "lgamma": lgamma,
+        "digamma": digamma,
         "i0": jnp.i0,
         "special_i0e": special.i0e,
         "special_i1": special.i1,

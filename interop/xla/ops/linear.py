@@ -8,6 +8,7 @@ from jax import lax
 
 from ..dtypes import Number, cast, opmath
 from ..table import op
+from .elementwise import absolute
 from .reductions import root
 
 
@@ -94,7 +95,7 @@ def cross(a: Any, b: Any, *, dim: int = -1) -> Any:
 def cdist(a: Any, b: Any, p: Number, mode: int | None = None) -> Any:
     """Distances of each to each; where one is zero, so is its derivative."""
     difference = a[..., :, None, :] - b[..., None, :, :]
-    size = jnp.abs(difference)
+    size = absolute(difference)
     if p == 2:
         return root(jnp.sum(difference * difference, -1))
     if p == 1:

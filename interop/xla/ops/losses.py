@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from ..dtypes import cast, opmath
 from ..table import op
+from .elementwise import absolute
 
 
 def reduced(x: Any, reduction: int) -> Any:
@@ -54,7 +55,7 @@ def binary_cross_entropy(x: Any, y: Any, weight: Any = None, reduction: int = 1,
 def smooth_l1_loss(x: Any, y: Any, reduction: int = 1, beta: float = 1.0, *, out: Any) -> Any:
     """Squares near zero, absolute values elsewhere."""
     x, y = _wide(out, x, y)
-    size = jnp.abs(x - y)
+    size = absolute(x - y)
     if beta == 0:
         return reduced(size, reduction)
     near = size < beta
@@ -65,7 +66,7 @@ def smooth_l1_loss(x: Any, y: Any, reduction: int = 1, beta: float = 1.0, *, out
 def huber_loss(x: Any, y: Any, reduction: int = 1, delta: float = 1.0, *, out: Any) -> Any:
     """Squares near zero, absolute values elsewhere."""
     x, y = _wide(out, x, y)
-    size = jnp.abs(x - y)
+    size = absolute(x - y)
     near = size <= delta
     return reduced(jnp.where(near, 0.5 * (x - y) * (x - y), delta * (size - 0.5 * delta)), reduction)
 

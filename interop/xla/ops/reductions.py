@@ -9,6 +9,7 @@ from jax import lax
 
 from ..dtypes import cast, category, opmath
 from ..table import op
+from .elementwise import absolute
 
 Axes = int | Sequence[int] | None
 
@@ -82,12 +83,29 @@ def amin(x: Any, dim: Axes = None, keepdim: bool = False) -> Any:
 def _extreme(x: Any, axes: tuple[int, ...], keepdim: bool, reduce: Any) -> Any:
     if category(x.dtype) < 2:
         return reduce(x, axes, keepdims=keepdim)
-    found = lax.stop_gradient(reduce(x, axes, keepdims=True))
+    value = evenly(x, lax.stop_gradient(reduce(x, axes, keepdims=True)), axes)
+    return value if keepdim else lax.squeeze(value, axes)
+
+
+def evenly(x: Any, found: Any, axes: tuple[int, ...] | None = None) -> Any:
+    """What was found among x, with a derivative that goes to all that equal it in equal parts."""
+    if category(x.dtype) < 2:
+        return found
     here = lax.stop_gradient((x == found) | (jnp.isnan(found) & jnp.isnan(x)))
     count = jnp.sum(here, axes, keepdims=True).astype(x.dtype)
-    value = found + jnp.sum(jnp.where(here, x - lax.stop_gradient(x), 0) / count, axes, keepdims=True)
-    value = jnp.where(jnp.isfinite(found), value, found)
-    return value if keepdim else lax.squeeze(value, axes)
+    parts = jnp.sum(jnp.where(here, _zero_like(x), 0) / count, axes, keepdims=True)
+    return found + parts.reshape(found.shape)
+
+
+@jax.custom_jvp
+def _zero_like(x: Any) -> Any:
+    """Zero, with the derivative of x."""
+    return jnp.zeros_like(x)
+
+
+@_zero_like.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    return jnp.zeros_like(primals[0]), tangents[0]
 
 
 @op("aminmax")
@@ -220,7 +238,7 @@ def vector_norm(x: Any, ord: Any = 2, dim: Axes = None, keepdim: bool = False, *
             if ord == 2
             else jnp.sum(root(squares), axes, keepdims=keepdim)
         )
-    size = jnp.abs(x) if category(x.dtype) < 3 else root(x.real**2 + x.imag**2)
+    size = absolute(x) if category(x.dtype) < 3 else root(x.real**2 + x.imag**2)
     if ord == float("inf"):
         return _extreme(size, axes, keepdim, jnp.max)
     if ord == float("-inf"):

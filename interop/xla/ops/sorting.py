@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..table import op
+from .reductions import evenly
 
 
 def _ordered(x: Any, dim: int, descending: bool) -> tuple[Any, Any]:
@@ -89,13 +90,13 @@ def nanmedian_along(x: Any, dim: int = -1, keepdim: bool = False) -> Any:
 @op("median.default")
 def median(x: Any) -> Any:
     """The median."""
-    return _middle(x.ravel(), 0, False, skips_nan=False)[0]
+    return evenly(x, _middle(lax.stop_gradient(x.ravel()), 0, False, skips_nan=False)[0])
 
 
 @op("nanmedian.default")
 def nanmedian(x: Any) -> Any:
     """The median of what is a number."""
-    return _middle(x.ravel(), 0, False, skips_nan=True)[0]
+    return evenly(x, _middle(lax.stop_gradient(x.ravel()), 0, False, skips_nan=True)[0])
 
 
 @op("mode")
