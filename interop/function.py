@@ -19,8 +19,10 @@ from .tracing.signature import Signature
 from .tracing.specialize import specialize
 from .tracing.specialized import Specialized
 from .tracing.target import FunctionTarget, Target
-from .types import CallOptions, Residuals, VmapMethod
+from .types import CallOptions, Engine, Residuals, VmapMethod
 from .values.device import device_here
+from .xla.computed import Computed
+from .xla.specialize import specialize as specialize_for_xla
 
 
 def torch_function(
@@ -32,6 +34,8 @@ def torch_function(
     replay: bool = True,
     out_shape: Any = None,
     example_args: Sequence[Any] | None = None,
+    engine: Engine = "torch",
+    strict: bool = False,
 ) -> Any:
     """Make a torch function callable from JAX: traced, differentiated, batched and compiled like a JAX function.
 
@@ -71,6 +75,10 @@ def torch_function(
     - `out_shape`: a pytree of `jax.ShapeDtypeStruct` like the output, for a function whose output shapes depend on
       values.
     - `example_args`: positional arguments to run a function on that reads values, where made ones will not do.
+    - `engine`: what computes. `"torch"`: torch itself, within XLA's programs; `"xla"`: JAX, op by op, of a graph that
+      torch is traced to once per signature, so that XLA fuses, shards and exports it. Random numbers are other ones
+      then, of the same distributions; `vmap_method`, `forward_mode` and `replay` have no meaning.
+    - `strict`: with `engine="xla"`, an op that JAX has no function for is an error, and not computed by torch.
 
     **Returns:** a function of the same signature (and `key=`), returning what `fn` returns with `jax.Array`s for
     tensors, in the dtypes torch gives, canonicalised as JAX does. Without `fn`: a decorator.
@@ -81,7 +89,7 @@ def torch_function(
     Source: [`torch.func`](https://docs.pytorch.org/docs/stable/func.html),
     [`jax.extend.core.Primitive`](https://docs.jax.dev/en/latest/jax.extend.core.html).
     """
-    options = CallOptions(vmap_method, residuals, forward_mode, replay, out_shape, example_args)
+    options = CallOptions(vmap_method, residuals, forward_mode, replay, out_shape, example_args, engine, strict)
     return _made(options) if fn is None else _made(options)(fn)
 
 
@@ -117,12 +125,13 @@ class TorchFunction:
     def calls(self) -> Iterator[TorchCall]:
         """The calls that it was traced to, and those derived from them."""
         for specialized in self._specialized.values():
-            yield from specialized.call.family()
+            if isinstance(specialized, Specialized):
+                yield from specialized.call.family()
 
     def _forget(self) -> None:
         """Be as one that was never called."""
         self.signature = Signature(self.target.callable, self.name)
-        self._specialized: dict[Any, Specialized] = {}
+        self._specialized: dict[Any, Specialized | Computed] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("signature", "_specialized")}
@@ -159,20 +168,34 @@ class TorchFunction:
         signature = (arguments.key, x64, device.type, autocast_here(), key_type, stateful)
         specialized = self._specialized.get(signature)
         if specialized is None:
-            refuse_write = functools.partial(self._refuse_write, stateful=stateful)
-            specialized = self._specialized[signature] = specialize(
-                self.target, self.options, arguments, like, device, stateful=stateful, refuse_write=refuse_write
-            )
+            specialized = self._specialized[signature] = self._made_for(arguments, like, device, stateful=stateful)
         operands = arguments.operands
         if specialized.random:
             made = key.make() if isinstance(key, LateKey) else key
             operands = [*operands, key_operand(made, self.name)]
+        if isinstance(specialized, Computed):
+            return specialized.rebuild(specialized.program(*operands))
         return specialized.rebuild(bind(specialized.call, *operands))
+
+    def _made_for(
+        self, arguments: Arguments, key: Any, device: torch.device, *, stateful: bool
+    ) -> Specialized | Computed:
+        """What stands for the target at a new signature, by the engine that was chosen."""
+        given = (self.target, self.options, arguments, key, device)
+        if self.options.engine == "xla":
+            return specialize_for_xla(*given, stateful=stateful, torch_function=_single_op)
+        refuse_write = functools.partial(self._refuse_write, stateful=stateful)
+        return specialize(*given, stateful=stateful, refuse_write=refuse_write)
 
     def _refuse_write(self, operands: Collection[int], *, stateful: bool) -> NoReturn:
         if stateful:
             self._specialized.clear()  # what is traced from now on returns their values, too
         self.target.refuse_write(operands, stateful=stateful)
+
+
+def _single_op(fn: Callable[..., Any], name: str) -> "TorchFunction":
+    """An op that the other engine lacks, as a JAX function."""
+    return TorchFunction(FunctionTarget(fn, name), CallOptions())
 
 
 def _is_found(function: Any) -> bool:

@@ -109,6 +109,11 @@ def requires_grad(tensor: torch.Tensor) -> bool:
         return tensor.requires_grad
 
 
+def decomposition_of(op: Any) -> Callable[..., Any] | None:
+    """torch's own composition of an op of others, in Python; ops without one are carried by torch."""
+    return importlib.import_module("torch._decomp").decomposition_table.get(op)
+
+
 FUNCTION_BASE: type = _C._FunctionBase
 """What nodes of a graph are that are written in Python: their edges have to be held by a tensor."""
 

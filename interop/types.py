@@ -11,6 +11,8 @@ Aval = jax.ShapeDtypeStruct
 Tensors = tuple[torch.Tensor, ...]
 VmapMethod = Literal["auto", "vmap", "batched", "loop"]
 Residuals = Literal["live", "recompute"]
+Engine = Literal["torch", "xla"]
+"""What computes a callable's ops: torch, or XLA."""
 Checkpoints = Literal["none", "kept", "reentrant"]
 """Whether a callable uses `torch.utils.checkpoint`, and of which kind."""
 
@@ -43,6 +45,8 @@ class CallOptions:
     replay: bool = True
     out_shape: Any = None
     example_args: Sequence[Any] | None = None
+    engine: Engine = "torch"
+    strict: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in _ALLOWED.items():
@@ -51,16 +55,24 @@ class CallOptions:
         if self.example_args is not None and not isinstance(self.example_args, tuple | list):
             given = type(self.example_args).__name__
             raise TypeError(f"example_args must be a tuple of positional arguments, got {given}.")
+        if self.strict and self.engine != "xla":
+            raise ValueError("strict=True is for engine='xla': it refuses ops that torch computes, which all are here.")
 
     @property
     def key(self) -> Hashable:
         """What two that are alike have in common, of options that a module may have: `out_shape` is a pytree."""
         leaves, treedef = jax.tree.flatten(self.out_shape)
         shapes = tuple((getattr(x, "shape", None), str(getattr(x, "dtype", x))) for x in leaves)
-        return self.vmap_method, self.residuals, self.forward_mode, self.replay, treedef, shapes
+        engine = (self.engine, self.strict)
+        return self.vmap_method, self.residuals, self.forward_mode, self.replay, *engine, treedef, shapes
 
 
-_ALLOWED = {"vmap_method": ("auto", "vmap", "batched", "loop"), "residuals": ("live", "recompute")}
+_ALLOWED = {
+    "vmap_method": ("auto", "vmap", "batched", "loop"),
+    "residuals": ("live", "recompute"),
+    "engine": ("torch", "xla"),
+    "strict": (False, True),
+}
 
 
 def _listed(allowed: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from ..interop.errors import StateError
 from ..interop.sharding.manual import varying
-from ..interop.types import CallOptions, Residuals, VmapMethod
+from ..interop.types import CallOptions, Engine, Residuals, VmapMethod
 from .module.fingerprint import Same
 from .module.functional_module import FunctionalModule
 from .module.weights import Held, held
@@ -107,6 +107,8 @@ class TorchModule(eqx.nn.StatefulLayer):
         forward_mode: bool = True,
         replay: bool = True,
         out_shape: Any = None,
+        engine: Engine = "torch",
+        strict: bool = False,
         copy: bool = False,
     ):
         """**Arguments:**
@@ -114,12 +116,13 @@ class TorchModule(eqx.nn.StatefulLayer):
         - `module`: any initialised `torch.nn.Module`. It is not changed; its weights are shared with the leaves
           (same memory, through DLPack) until an update replaces the leaves, so in-place torch operations on
           `module` show through. Tied weights are one leaf.
-        - `vmap_method`, `residuals`, `forward_mode`, `replay`, `out_shape`: as in `torchleaf.torch_function`.
+        - `vmap_method`, `residuals`, `forward_mode`, `replay`, `out_shape`, `engine`,
+          `strict`: as in `torchleaf.torch_function`.
         - `copy`: copy the weights instead.
 
         **Raises:** `TypeError` for lazy modules, those that cannot be copied, and weights that JAX cannot have.
         """
-        options = CallOptions(vmap_method, residuals, forward_mode, replay, out_shape)
+        options = CallOptions(vmap_method, residuals, forward_mode, replay, out_shape, engine=engine, strict=strict)
         self.module = FunctionalModule(module, remedy=_REMEDY, options=options)
         leaves = self.module.leaves(module, copy=copy)
         self.params, self.frozen = leaves["params"], leaves["frozen"]

@@ -17,7 +17,7 @@ from jax.core import Tracer
 
 from ..interop.errors import StateError
 from ..interop.modes.random import LateKey
-from ..interop.types import CallOptions, Residuals, VmapMethod
+from ..interop.types import CallOptions, Engine, Residuals, VmapMethod
 from .flax_collections import Collection, nest, stop_gradient
 from .linen_captured import Captured, Tree
 from .module.functional_module import FunctionalModule
@@ -56,7 +56,8 @@ class TorchModule(nn.Module):
       want them, both arguments and results; torch sees them in the second, by a view.
     - `copy_weights`: `init` copies torch's weights. (`copy` is a method of every Linen module.)
     - `rng_collection`: the stream of random numbers, as in `nn.Dropout`.
-    - `vmap_method`, `residuals`, `forward_mode`, `replay`, `out_shape`: as in `torchleaf.torch_function`.
+    - `vmap_method`, `residuals`, `forward_mode`, `replay`, `out_shape`, `engine`, `strict`: as in
+      `torchleaf.torch_function`.
 
     **Raises:** `TypeError` for lazy modules, those that cannot be copied, and weights that JAX cannot have.
     """
@@ -73,6 +74,8 @@ class TorchModule(nn.Module):
     forward_mode: bool = True
     replay: bool = True
     out_shape: Any = None
+    engine: Engine = "torch"
+    strict: bool = False
     made: Any = field(default=None, repr=False)  # carried over to Linen's clones; not to be given
 
     def __post_init__(self) -> None:
@@ -81,7 +84,15 @@ class TorchModule(nn.Module):
         if self.out_shape is not None and not isinstance(self.out_shape, Tree):
             self.out_shape = Tree(*jax.tree.flatten(self.out_shape))
         out_shape = None if self.out_shape is None else self.out_shape.tree
-        options = CallOptions(self.vmap_method, self.residuals, self.forward_mode, self.replay, out_shape)
+        options = CallOptions(
+            self.vmap_method,
+            self.residuals,
+            self.forward_mode,
+            self.replay,
+            out_shape,
+            engine=self.engine,
+            strict=self.strict,
+        )
         own = (options.key, self.channels_last, self.rng_collection)
         if self.made is None or (self.made.source, self.made.key) != (self.module, own):
             self.made = Captured.of(self.module, options, self.channels_last, self.rng_collection)

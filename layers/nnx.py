@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from ..interop.errors import TorchCallError
 from ..interop.modes.random import LateKey
-from ..interop.types import CallOptions, Residuals, VmapMethod
+from ..interop.types import CallOptions, Engine, Residuals, VmapMethod
 from .flax_collections import collections, stop_gradient
 from .module.functional_module import FunctionalModule
 from .module.skeleton import named_tensors
@@ -108,6 +108,8 @@ class TorchModule(Submodule):
         forward_mode: bool = True,
         replay: bool = True,
         out_shape: Any = None,
+        engine: Engine = "torch",
+        strict: bool = False,
         copy: bool = False,
         channels_last: bool = False,
     ):
@@ -118,14 +120,15 @@ class TorchModule(Submodule):
           `module` show through.
         - `rngs`: where random ops draw from, as in `nnx.Dropout`: a fork of its `dropout` stream (or its default one)
           is kept. Needed by modules that draw, in calls that are given none.
-        - `vmap_method`, `residuals`, `forward_mode`, `replay`, `out_shape`: as in `torchleaf.torch_function`.
+        - `vmap_method`, `residuals`, `forward_mode`, `replay`, `out_shape`, `engine`,
+          `strict`: as in `torchleaf.torch_function`.
         - `copy`: copy the weights instead.
         - `channels_last`: images come and go as Flax has them, with channels in the last axis: in every floating array
           of three axes or more, the last axis is torch's second one.
 
         **Raises:** `TypeError` for lazy modules, those that cannot be copied, and weights that JAX cannot have.
         """
-        options = CallOptions(vmap_method, residuals, forward_mode, replay, out_shape)
+        options = CallOptions(vmap_method, residuals, forward_mode, replay, out_shape, engine=engine, strict=strict)
         own: dict[str, Any] = {"remedy": "", "key_remedy": _KEY_REMEDY, "channels_last": channels_last}
         self._torch = taken_apart(
             module,

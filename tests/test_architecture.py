@@ -4,6 +4,7 @@ import ast
 import graphlib
 import importlib
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ ROOMS = [
     "interop.calls",
     "interop.tracing",
     "interop.transport",
+    "interop.xla",
+    "interop.xla.ops",
     "interop.sharding",
     "interop.primitive",
     "interop.function",
@@ -119,3 +122,11 @@ def test_most_files_are_short():
     lengths = {name_of(path): len(path.read_text().splitlines()) for path in SOURCES}
     assert max(lengths.values()) <= 360
     assert sum(n <= 300 for n in lengths.values()) >= 0.95 * len(lengths)
+
+
+def test_every_folder_is_installed():
+    """Only listed packages are built into a wheel: the package's folder is the repository."""
+    source = Path(__file__).parents[1] / "pyproject.toml"
+    listed = tomllib.loads(source.read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(PACKAGE).as_posix().replace("/", ".") for path in SOURCES}
+    assert {*listed} == {"torchleaf", *(f"torchleaf.{folder}" for folder in folders)}

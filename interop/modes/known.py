@@ -88,10 +88,21 @@ class KnownConstants(FakeTensorMode):
         self._of_captured: set[int] = set()
         self._unknown: set[int] = set()  # those into which something unknown was written
         self._substitutes: dict[Any, torch.Tensor] = {}
+        self._memories: dict[int, torch.Tensor] = {}  # for storages that are unknown: all of it, fake
+        self._real: dict[int, int] = {}  # and which storages those stand for
 
     def is_captured(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is neither fake nor made here."""
         return not self.is_our_fake(tensor) and storage_of(tensor) not in self._made
+
+    def storage_behind(self, tensor: torch.Tensor) -> int:
+        """The address of a tensor's storage; of a fake one that stands for that of a constant, the constant's."""
+        address = storage_of(tensor)
+        return self._real.get(address, address)
+
+    def is_known(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor has values that can be read."""
+        return self._is_known(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -200,6 +211,10 @@ class KnownConstants(FakeTensorMode):
         if address in self._unknown:
             return
         self._note(tensor, self._unknown)
+        length = tensor.untyped_storage().nbytes() // tensor.itemsize
+        flat = tensor.detach().as_strided((length,), (1,), 0)
+        self._memories[address] = self._new_substitute(flat)
+        self._real[storage_of(self._memories[address])] = address
         if address in self._made:
             storage = tensor.untyped_storage()
             throw_on_writes(tensor)
@@ -209,6 +224,10 @@ class KnownConstants(FakeTensorMode):
         """A fake tensor in the place of a constant; one without values serves for all of the same geometry."""
         if not is_plain(tensor):
             return tensor
+        memory = self._memories.get(storage_of(tensor))
+        if memory is not None and memory.dtype == tensor.dtype:
+            geometry = (list(tensor.shape), list(tensor.stride()), tensor.storage_offset())
+            return super().__torch_dispatch__(_aten.as_strided.default, (), (memory, *geometry), {})  # pyright: ignore[reportReturnType]
         key = tensor.shape, tensor.stride(), tensor.dtype, tensor.device
         if key not in self._substitutes:
             self._substitutes[key] = self._new_substitute(tensor)

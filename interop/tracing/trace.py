@@ -141,7 +141,7 @@ def _on_examples(
     output = None if out_shape is None else declared(out_shape)
     found, refusals, shown = _observations(traced, examples, failure, output)
     if not found and refusals and (output is None or isinstance(refusals[0], TorchCallError)):
-        error = _failed(traced, refusals[0])
+        error = failed(traced, refusals[0])
         raise error from (None if error is refusals[0] else refusals[0])
     if shown is None:
         raise TorchCallError(
@@ -262,7 +262,7 @@ def _on_values(traced: Traceable, example: Example) -> Observation:
 # --- errors --------------------------------------------------------------------------------------
 
 
-def _failed(traced: Traceable, exc: Exception) -> TorchCallError:
+def failed(traced: Traceable, exc: Exception) -> TorchCallError:
     """The error for a callable that torch refuses."""
     if isinstance(exc, TorchCallError):
         return exc

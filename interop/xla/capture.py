@@ -1,0 +1,266 @@
+"""Capture: a dispatch mode that writes down, as a graph, what a torch callable computes of fake tensors.
+
+It sees the ops below torch's autograd and `torch.func`, after autocast: so gradients that the callable takes itself
+are ops like others. An op that the table lacks is taken apart by torch's own decompositions; one that has none is
+carried by torch. What follows from constants alone is computed (`known.py`), and is a constant of the graph.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import TorchCallError
+from ..internals import DisableTorchFunction, FakeTensor, decomposition_of, torch_pytree, without_modes
+from ..modes.aten import bound, reads_values, tensors_in
+from ..modes.dispatch import Mode
+from ..modes.known import KnownConstants
+from ..modes.random import draws
+from ..types import Aval
+from . import table
+from .constants import to_numpy
+from .dtypes import to_jax
+from .graph import Graph, Node, Ref, Value
+from .memory import Memory
+from .names import functional_name, is_inplace_view, out_names, targets
+from .windows import put, window
+
+Carry = Callable[[Any, tuple[Any, ...], dict[str, Any], int, Sequence[Value]], Callable[..., Any]]
+
+
+class Capture(Mode):
+    """Within it, ops become nodes.
+
+    **Arguments:**
+
+    - `name`: the callable, for errors.
+    - `operands`: the fake tensors that it is called with.
+    - `avals`: what JAX has in their place.
+    - `known`: the mode of the fake tensors.
+    - `carry`: makes a function of JAX arrays of an op that torch is to compute.
+    """
+
+    def __init__(
+        self, name: str, operands: Sequence[torch.Tensor], avals: Sequence[Aval], known: KnownConstants, carry: Carry
+    ):
+        super().__init__()
+        self._name, self._known, self._carry = name, known, carry
+        self._paused = False  # within a `torch.autograd.Function`
+        self._values: list[Value] = []
+        self._nodes: list[Node] = []
+        self._constants: dict[int, Any] = {}
+        self._made_of: dict[Any, int] = {}
+        self._kept: list[torch.Tensor] = []
+        self.detaching = 0
+        """How many calls of `Tensor.detach` are running."""
+        self.memory = Memory(known.storage_behind, self._constant, self._window, self._put)
+        for tensor, aval in zip(operands, avals, strict=True):
+            self.memory.add(tensor, self._new(aval, tensor.dtype))
+
+    def graph(self, outputs: Sequence[torch.Tensor]) -> Graph:
+        """What was written down, as far as outputs depend on it."""
+        numbers = tuple(self.memory.read(x) for x in outputs)
+        return Graph(self._values, self._constants, self._nodes, numbers).needed()
+
+    # --- ops ---
+
+    def op(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if self._paused:
+            return func(*args, **kwargs)
+        with DisableTorchFunction():
+            return self._op(func, args, kwargs)
+
+    def higher_order_op(self, func: Any, args: Any, kwargs: Any) -> Any:
+        raise TorchCallError(
+            f"{self._name} uses the higher-order op {func}, which engine='xla' does not have. Use engine='torch'."
+        )
+
+    def _op(self, func: Any, args: Any, kwargs: Any) -> Any:
+        tensors = list(tensors_in(*args, *kwargs.values()))
+        if func in _IGNORED or (reads_values(func) and not any(map(self._is_unknown, tensors))):
+            return func(*args, **kwargs)
+        if func is _CONJ:
+            func = torch.ops.aten.conj_physical.default
+        elif func is _NEG_VIEW:
+            func = torch.ops.aten.neg.default
+        found = table.find(functional_name(func))
+        if found is None and any(map(self._is_unknown, tensors)):
+            apart = self._taken_apart(func, args, kwargs)
+            if apart is not NotImplemented:
+                return apart
+        return self._recorded(func, args, kwargs, found)
+
+    def _taken_apart(self, func: Any, args: Any, kwargs: Any) -> Any:
+        decomposition = decomposition_of(func)
+        if decomposition is not None and not draws(func, bound(func, args, kwargs)):
+            with self:
+                return decomposition(*args, **kwargs)
+        with self:
+            return func.decompose(*args, **kwargs)
+
+    def _recorded(self, func: Any, args: Any, kwargs: Any, found: table.Op | None) -> Any:
+        into, places = targets(func, args, kwargs), out_names(func)
+        given = (args, {k: v for k, v in kwargs.items() if found is None or k not in places})
+        refs = self._with_refs(given) if into else None  # before values change
+        before = [(x, *self._whole(x)) for x in into if not self._is_unknown(x)]
+        olds = {} if torch.is_grad_enabled() else {id(x): self.memory.read(x) for x in into}
+        result = func(*args, **kwargs)
+        for target, whole, number in before:
+            if not self._known.is_known(target):  # something unknown was written into a constant
+                self.memory.adopt(whole, number)
+        outs = [result] if isinstance(result, torch.Tensor) else list(tensors_in(result))
+        into = [x for x in into if self._is_unknown(x)]
+        fresh = [x for x in outs if not any(x is target for target in targets(func, args, kwargs))]
+        if not into and not any(map(self._is_unknown, fresh)):
+            return result  # a constant, or nothing
+        self._add_node(func, refs or self._with_refs(given), found, fresh, into, olds)
+        return result
+
+    def _add_node(
+        self,
+        func: Any,
+        refs: Any,
+        found: table.Op | None,
+        fresh: list[torch.Tensor],
+        into: list[torch.Tensor],
+        olds: dict[int, int],
+    ) -> None:
+        args, kwargs = refs
+        values = [self._new_like(x) for x in (*fresh, *into)]
+        if found is None:
+            function = self._carry(func, args, kwargs, len(fresh), self._values)
+        else:
+            function = _wanting(found, [self._values[v].aval for v in values])
+        stops = not torch.is_grad_enabled() or (self.detaching > 0 and func is _DETACH)
+        draws_key = found is not None and found.wants_key
+        name, is_carried = functional_name(func), found is None
+        kept = {new: olds[id(x)] for x, new in zip(into, values[len(fresh) :], strict=True) if id(x) in olds}
+        self._nodes.append(Node(name, function, args, kwargs, tuple(values), stops, is_carried, draws_key, kept))
+        for tensor, value in zip(fresh, values, strict=False):
+            self.memory.add(tensor, value)
+        for tensor, value in zip(into, values[len(fresh) :], strict=True):
+            if is_inplace_view(func):
+                self.memory.add(tensor, value)
+            else:
+                self.memory.write(tensor, value)
+
+    def apply(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
+        """A `torch.autograd.Function`, whose derivative is its own: torch computes it, unless it met nothing fake."""
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        if self._paused or not any(map(self._is_unknown, tensors)):
+            return run(*args, **kwargs)
+        given_args, given_kwargs = self._with_refs((args, kwargs))
+        self._paused = True
+        try:
+            result = run(*args, **kwargs)
+        finally:
+            self._paused = False
+        outs = [result] if isinstance(result, torch.Tensor) else list(tensors_in(result))
+        values = [self._new_like(x) for x in outs]
+        name = f"torch.autograd.Function {function.__name__}"
+        carried = self._carry(Applied(function), given_args, given_kwargs, len(outs), self._values)
+        stops = not torch.is_grad_enabled()
+        self._nodes.append(Node(name, carried, given_args, given_kwargs, tuple(values), stops, is_carried=True))
+        for tensor, value in zip(outs, values, strict=True):
+            self.memory.add(tensor, value)
+        return result
+
+    def whole(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """A function that is one node, however many ops torch makes of it."""
+        found, tensors = table.find(name), list(tensors_in(*args, *kwargs.values()))
+        if self._paused or found is None or any(x.requires_grad for x in tensors):
+            return func(*args, **kwargs)
+        given_args, given_kwargs = self._with_refs((args, kwargs))
+        self._paused = True
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self._paused = False
+        outs = list(tensors_in(result))
+        values = [self._new_like(x) for x in outs]
+        function, stops = _wanting(found, [self._values[v].aval for v in values]), not torch.is_grad_enabled()
+        self._nodes.append(Node(name, function, given_args, given_kwargs, tuple(values), stops, draws=found.wants_key))
+        for tensor, value in zip(outs, values, strict=True):
+            self.memory.add(tensor, value)
+        return result
+
+    # --- values ---
+
+    def _is_unknown(self, tensor: torch.Tensor) -> bool:
+        return isinstance(tensor, FakeTensor) or self.memory.is_known(tensor)
+
+    def _with_refs(self, tree: Any) -> Any:
+        return torch_pytree.tree_map_only(torch.Tensor, lambda x: Ref(self.memory.read(x)), tree)
+
+    def _new(self, aval: Aval, dtype: torch.dtype) -> int:
+        self._values.append(Value(aval, dtype))
+        return len(self._values) - 1
+
+    def _new_like(self, tensor: torch.Tensor) -> int:
+        return self._new(Aval(tuple(tensor.shape), to_jax(tensor.dtype)), tensor.dtype)
+
+    def _constant(self, tensor: torch.Tensor) -> int:
+        if isinstance(tensor, FakeTensor):
+            raise TorchCallError(
+                f"{self._name} computes with a tensor of shape {tuple(tensor.shape)}, and engine='xla' has seen no op "
+                "that made it. Use engine='torch'."
+            )
+        with without_modes():
+            key = (id(tensor), tensor._version, tuple(tensor.shape), tuple(tensor.stride()))
+            if key not in self._made_of:
+                number = self._new_like(tensor)
+                self._constants[number] = to_numpy(tensor, self._values[number].aval.dtype)
+                self._made_of[key] = number
+                self._kept.append(tensor)
+        return self._made_of[key]
+
+    def _whole(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """All that is in a constant's memory, as a tensor and as a value."""
+        with without_modes():
+            length = tensor.untyped_storage().nbytes() // tensor.itemsize
+            whole = tensor.detach().as_strided((length,), (1,), 0)
+        return whole, self._constant(whole)
+
+    def _window(self, value: int, places: np.ndarray, like: torch.Tensor) -> int:
+        return self._internal("window", window(places, self._values[value].aval.shape), (Ref(value),), like)
+
+    def _put(self, value: int, part: int, places: np.ndarray, like: torch.Tensor) -> int:
+        function = put(places, self._values[value].aval.shape)
+        return self._internal("put", function, (Ref(value), Ref(part)), like)
+
+    def _internal(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], like: torch.Tensor) -> int:
+        number = self._new_like(like)
+        self._nodes.append(Node(name, function, args, {}, (number,), stops=False))
+        return number
+
+
+def _wanting(found: table.Op, avals: Sequence[Aval]) -> Callable[..., Any]:
+    """The function of an op, which is given the avals of its results if it wants them."""
+    if not found.wants_out:
+        return found.function
+    out = avals[0] if len(avals) == 1 else tuple(avals)
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return found.function(*args, out=out, **kwargs)
+
+    return function
+
+
+class Applied:
+    """A `torch.autograd.Function` as a function."""
+
+    def __init__(self, function: Any):
+        self.function, self.__name__ = function, function.__name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function.apply(*args, **kwargs)
+
+
+_IGNORED = {torch.ops.prim.device.default, torch.ops.aten._assert_async.msg, torch.ops.aten._assert_async.default}
+"""Ops that compute nothing."""
+_DETACH, _CONJ, _NEG_VIEW = (
+    torch.ops.aten.detach.default,
+    torch.ops.aten._conj.default,
+    torch.ops.aten._neg_view.default,
+)

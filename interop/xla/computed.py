@@ -1,0 +1,92 @@
+"""A callable at one signature as a JAX function of its operands: a graph whose ops JAX computes, one after another."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..errors import TorchCallError
+from ..internals import torch_pytree
+from ..tracing.trace import Trace
+from ..types import Aval, CallOptions
+from .dtypes import cast
+from .graph import Graph, Node, Ref
+
+
+class Computed:
+    """What is kept for each signature.
+
+    **Arguments:**
+
+    - `name`: the callable's.
+    - `graph`: what it computes; its outputs are those of the callable, and then new values of state.
+    - `found`: what tracing found.
+    - `options`: the user's.
+    """
+
+    def __init__(self, name: str, graph: Graph, found: Trace, options: CallOptions, n_operands: int):
+        self._name, self.graph, self._found, self._n_operands = name, graph, found, n_operands
+        self.random, self.state = found.random, found.state
+
+        def run(*operands: Any) -> list[Any]:
+            return self._run(operands)
+
+        run.__name__ = run.__qualname__ = name
+        self.program = jax.jit(jax.checkpoint(run) if options.residuals == "recompute" else run)
+
+    def rebuild(self, results: Sequence[Any]) -> tuple[Any, dict[int, Any]]:
+        """The callable's output, with arrays in the place of tensors, and the new values of state operands."""
+        feed = iter(results)
+        leaves = [next(feed) if isinstance(leaf, Aval) else leaf for leaf in self._found.leaves]
+        return jax.tree.unflatten(self._found.treedef, leaves), dict(zip(self.state, feed, strict=True))
+
+    def _run(self, operands: Sequence[Any]) -> list[Any]:
+        env: dict[int, Any] = dict(enumerate(operands[: self._n_operands]))
+        env |= {number: jnp.asarray(x) for number, x in self.graph.constants.items()}
+        key, n_drawn = (_typed(operands[-1]), 0) if self.random else (None, 0)
+        for node in self.graph.nodes:
+            more: dict[str, Any] = {}
+            if node.draws:
+                more, n_drawn = {"key": None if key is None else jax.random.fold_in(key, n_drawn)}, n_drawn + 1
+            self._compute(node, env, more)
+        return [jnp.asarray(env[i]) for i in self.graph.outputs]
+
+    def _compute(self, node: Node, env: dict[int, Any], more: dict[str, Any]) -> None:
+        args, kwargs = torch_pytree.tree_map_only(Ref, lambda ref: env[ref.number], (node.args, dict(node.kwargs)))
+        with jax.named_scope(node.name):
+            result = node.function(*args, **kwargs, **more)
+            results = [x for x in _flat(result) if x is not None]
+            for number, x in zip(node.outs, results, strict=True):
+                aval = self.graph.values[number].aval
+                if jnp.shape(x) != aval.shape:
+                    raise TorchCallError(
+                        f"{self._name}: JAX's function for {node.name} returned shape {jnp.shape(x)}, but torch's has "
+                        f"{aval.shape}. This is a fault of torchleaf's; use engine='torch' for this callable."
+                    )
+                value = cast(x, aval.dtype)
+                if node.stops:
+                    old = node.olds.get(number)
+                    value = jax.lax.stop_gradient(value) if old is None else _in_place_of(env[old], value)
+                env[number] = value
+
+
+@jax.custom_jvp
+def _in_place_of(old: Any, new: Any) -> Any:
+    """A value with the derivative of another one."""
+    return new
+
+
+@_in_place_of.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    return primals[1], tangents[0]
+
+
+def _flat(result: Any) -> list[Any]:
+    if isinstance(result, list | tuple):
+        return [x for item in result for x in _flat(item)]
+    return [result]
+
+
+def _typed(words: Any) -> Any:
+    return jax.random.wrap_key_data(words, impl="threefry2x32" if words.shape[-1] == 2 else "rbg")

@@ -1,0 +1,88 @@
+"""The ops of a torch callable, in order, as functions of numbered values."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..types import Aval
+
+
+@dataclass(frozen=True)
+class Ref:
+    """A value of the graph, by its number."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Value:
+    """What is known of a value beforehand."""
+
+    aval: Aval
+    """Its shape, and the dtype that JAX gives it."""
+    dtype: torch.dtype
+    """The one that it has in torch."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One op."""
+
+    name: str
+    """That of the op, without `aten::`, for errors and for tables."""
+    function: Callable[..., Any]
+    """What computes it of JAX arrays."""
+    args: tuple[Any, ...]
+    """With a `Ref` for each tensor, in lists as well."""
+    kwargs: Mapping[str, Any]
+    outs: tuple[int, ...]
+    """The numbers of the values that it makes."""
+    stops: bool
+    """Whether no derivative passes: torch ran it without gradients."""
+    is_carried: bool = False
+    """Whether torch computes it."""
+    draws: bool = False
+    """Whether its function is given a `key`."""
+
+    olds: Mapping[int, int] = field(default_factory=dict)
+    """For what it wrote into without gradients, by the number of the new value that of the old one: to torch's autograd
+    the tensor is the same, and keeps its derivative."""
+
+    def reads(self) -> Iterator[int]:
+        """The numbers of the values that it takes."""
+        yield from _numbers((self.args, tuple(self.kwargs.values())))
+        yield from self.olds.values()
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Ops that make the outputs out of the operands, which have the first numbers, and of constants."""
+
+    values: Sequence[Value]
+    constants: Mapping[int, Any]
+    nodes: Sequence[Node]
+    outputs: tuple[int, ...]
+
+    def needed(self) -> "Graph":
+        """The same without what no output depends on."""
+        live, nodes = set(self.outputs), []
+        for node in reversed(self.nodes):
+            if live.intersection(node.outs):
+                live.update(node.reads())
+                nodes.append(node)
+        constants = {number: x for number, x in self.constants.items() if number in live}
+        return Graph(self.values, constants, nodes[::-1], self.outputs)
+
+    def carried(self) -> tuple[str, ...]:
+        """The names of ops that torch computes, each once."""
+        return tuple(dict.fromkeys(node.name for node in self.nodes if node.is_carried))
+
+
+def _numbers(value: Any) -> Iterator[int]:
+    if isinstance(value, Ref):
+        yield value.number
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _numbers(item)

@@ -1,0 +1,111 @@
+"""Which value each tensor has, while others may be views of its memory and ops write into it.
+
+Memory is one value, that of the tensor it was made for. After a write into a part of it, that value is another one,
+and tensors that view it are read from it anew: so in-place ops and views become functions.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import TorchCallError
+
+Geometry = tuple[tuple[int, ...], tuple[int, ...], Any]
+
+
+@dataclass
+class _Storage:
+    value: int
+    base: torch.Tensor
+    version: int = 0
+
+
+class Memory:
+    """The values of tensors.
+
+    **Arguments:**
+
+    - `storage_of`: tells the storage that a tensor lies in.
+    - `constant`: makes a value of a tensor that is not fake.
+    - `window`: makes the value of a view: of a value and the positions in it that the view shows.
+    - `put`: makes the value that one has after another one was put at positions of it.
+    """
+
+    def __init__(
+        self,
+        storage_of: Callable[[torch.Tensor], int],
+        constant: Callable[[torch.Tensor], int],
+        window: Callable[[int, np.ndarray, torch.Tensor], int],
+        put: Callable[[int, int, np.ndarray, torch.Tensor], int],
+    ):
+        self._storage_of = storage_of
+        self._constant, self._window, self._put = constant, window, put
+        self._storages: dict[int, _Storage] = {}
+        self._tensors: dict[int, tuple[torch.Tensor, int, int]] = {}  # held, so that no id is used again
+
+    def is_known(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's memory has a value here; if not, it is a constant."""
+        return self._storage_of(tensor) in self._storages
+
+    def add(self, tensor: torch.Tensor, value: int) -> None:
+        """A tensor that an op returned, with its value."""
+        storage = self._storages.setdefault(self._storage_of(tensor), _Storage(value, tensor))
+        self._tensors[id(tensor)] = (tensor, value, storage.version)
+
+    def read(self, tensor: torch.Tensor) -> int:
+        """The value of a tensor."""
+        storage = self._storages.get(self._storage_of(tensor))
+        if storage is None:
+            return self._constant(tensor)
+        held = self._tensors.get(id(tensor))
+        if held is not None and held[2] == storage.version:
+            return held[1]
+        is_whole = _geometry(tensor) == _geometry(storage.base) and tensor.dtype == storage.base.dtype
+        value = storage.value if is_whole else self._window(storage.value, self._places(storage, tensor), tensor)
+        self._tensors[id(tensor)] = (tensor, value, storage.version)
+        return value
+
+    def write(self, tensor: torch.Tensor, value: int) -> None:
+        """The tensor has a new value, and so have those that share its memory."""
+        storage = self._storages[self._storage_of(tensor)]
+        if _geometry(tensor) == _geometry(storage.base) and tensor.dtype == storage.base.dtype:
+            storage.value = value
+        else:
+            storage.value = self._put(storage.value, value, self._places(storage, tensor), storage.base)
+        storage.version += 1
+        self._tensors[id(tensor)] = (tensor, value, storage.version)
+
+    def adopt(self, whole: torch.Tensor, value: int) -> None:
+        """A constant's memory, in which something unknown was written: what it was before."""
+        self._storages.setdefault(self._storage_of(whole), _Storage(value, whole))
+
+    def _places(self, storage: _Storage, tensor: torch.Tensor) -> np.ndarray:
+        """Where in the flat value of a storage the elements of a tensor are."""
+        if tensor.dtype != storage.base.dtype or tensor.is_conj() or tensor.is_neg():
+            raise TorchCallError(
+                f"it writes into memory that a tensor of {tensor.dtype} and one of {storage.base.dtype} share, which "
+                "engine='xla' cannot follow. Clone the view before the write, or use engine='torch'."
+            )
+        base = _offsets(_geometry(storage.base)).ravel()
+        places = np.full(max(base.max(initial=-1), _offsets(_geometry(tensor)).max(initial=-1)) + 1, -1)
+        places[base] = np.arange(base.size)
+        return np.asarray(places[_offsets(_geometry(tensor))])
+
+
+def _geometry(tensor: torch.Tensor) -> Geometry:
+    return tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset()
+
+
+def _offsets(geometry: Geometry) -> np.ndarray:
+    shape, strides, offset = geometry
+    found: Any = np.full(shape, offset)
+    for axis, (size, stride) in enumerate(zip(shape, strides, strict=True)):
+        found = found + (np.arange(size) * stride).reshape(_along(axis, len(shape)))
+    return found
+
+
+def _along(axis: int, ndim: int) -> Sequence[int]:
+    return [-1 if i == axis else 1 for i in range(ndim)]

@@ -1,0 +1,236 @@
+"""Capture: what a torch callable does becomes a function, once per signature; what cannot become one is an error."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torchleaf
+from compare import assert_trees_close, from_torch, torch_gradients
+from torchleaf.interop.types import CallOptions
+
+pytestmark = pytest.mark.all_cases
+
+
+def by_xla(fn, **options):
+    return torchleaf.torch_function(fn, engine="xla", strict=True, **options)
+
+
+def _views(x):
+    y = x.clone()
+    y[1:3] += 1
+    z = y.view(2, 3)
+    z.mul_(2)
+    z.t()[0].sub_(5)
+    y.relu_()
+    return y, z, z[:, 1]
+
+
+def _constants(x):
+    mask = torch.zeros(6)
+    mask[2:] = 1
+    made = torch.zeros(3)
+    made.add_(x[:3])
+    made[0] = 7
+    return mask * x, made, made.view(3, 1)
+
+
+def _strided(x):
+    y = x.clone().view(2, 3)
+    y[:, ::2].copy_(torch.arange(4.0).view(2, 2))
+    y.diagonal().fill_(-1)
+    y.T[2].mul_(x[:2])
+    return y
+
+
+def _out(x):
+    target = torch.empty(6)
+    torch.add(x, 1, out=target)
+    parts = target.chunk(2)
+    parts[1].zero_()
+    return target, parts
+
+
+def _geometry(x):
+    y = x.clone().view(2, 3)
+    y.t_()
+    y.add_(1)
+    y.unsqueeze_(0)
+    return y, y.sum(1)
+
+
+def _indices(x):
+    y = x.clone()
+    y[torch.tensor([0, 0, -1])] = torch.tensor([1.0, 1.0, 2.0])
+    y.index_put_((torch.tensor([1, 1, 2]),), x[:3], accumulate=True)
+    y[x > 1] = 0.5
+    return y.masked_fill_(x < 0, 3)
+
+
+@pytest.mark.parametrize("fn", [_views, _constants, _strided, _out, _geometry, _indices], ids=lambda f: f.__name__)
+def test_writes_and_views_become_a_function(fn):
+    x = torch.tensor([-2.0, 0.3, 1.5, -0.7, 2.2, 4.0])
+    given = from_torch(x)
+    assert_trees_close(by_xla(fn)(given), from_torch(fn(x)))
+    assert_trees_close(given, from_torch(x))
+
+    if fn is _out:  # torch does not differentiate by it
+        return
+
+    def total(function):
+        return lambda x: sum(y.sin().sum() for y in jax.tree.leaves(function(x)))
+
+    ours = jax.grad(lambda x: sum(jnp.sin(y).sum() for y in jax.tree.leaves(by_xla(fn)(x))))(given)
+    assert_trees_close((ours,), torch_gradients(total(fn), given), rtol=1e-5)
+
+
+def test_arguments_of_every_structure():
+    def fn(pair, *, scale, mode, names=None):
+        x, (y, n) = pair["x"], pair["rest"]
+        assert names == ("a", "b")
+        return {"sum": (x + y) * scale, "static": (mode, n, None, x.dtype), "list": [x.mean(), y > 0]}
+
+    x, y, scale = torch.randn(3), torch.randn(3), torch.tensor(2.5)
+    ours = by_xla(fn)
+    given = from_torch({"x": x, "rest": (y, 4)})
+    actual = ours(given, scale=from_torch(scale), mode="m", names=("a", "b"))
+    expected = fn({"x": x, "rest": (y, 4)}, scale=scale, mode="m", names=("a", "b"))
+    assert actual["static"] == expected["static"]
+    assert_trees_close(actual, from_torch(expected))
+
+
+def test_it_is_captured_once_per_signature():
+    runs = []
+
+    def fn(x, flag):
+        runs.append(x.shape)
+        return x * 2 if flag else x + 1
+
+    ours = by_xla(fn)
+    ours(jnp.ones(3), True)
+    n = len(runs)
+    assert n >= 1
+    for _ in range(3):
+        jax.jit(lambda x: ours(x, True))(jnp.ones(3))
+        jax.grad(lambda x: ours(x, True).sum())(jnp.ones(3))
+        jax.vmap(lambda x: ours(x, True))(jnp.ones((2, 3)))
+    assert len(runs) == n
+    assert_trees_close(ours(jnp.ones(3), False), jnp.full(3, 2.0))
+    ours(jnp.ones(4), True)
+    assert len(runs) == 3 * n
+
+
+def test_captured_tensors_are_constants():
+    table = torch.randn(5, 2)
+    ours = by_xla(lambda i: table[i] @ table.T)
+    i = torch.tensor([0, 3, -1])
+    assert_trees_close(ours(from_torch(i)), from_torch(table[i] @ table.T), rtol=1e-5)
+
+
+def test_the_largest_integers_of_masks_stay_the_largest():
+    ours = by_xla(lambda x: torch.where(x > 0, x, torch.iinfo(torch.int64).min).amax() + 0 * x)
+    assert_trees_close(ours(jnp.array([3, -1])), jnp.array([3, 3]))
+
+
+# --- derivatives that a user's code decides about ------------------------------------------------------
+
+
+def _detached(x):
+    return (x * x.detach()).sum() + (x.data * 3).sum()
+
+
+def _without_gradients(x):
+    with torch.no_grad():
+        y = x * 2
+    return (x * y).sum()
+
+
+def _written_without_gradients(x):
+    y = x * 1
+    with torch.no_grad():
+        y.clamp_min_(0.5)
+    return (y * x).sum()
+
+
+def _own_gradient(x):
+    with torch.enable_grad():
+        y = x.detach().requires_grad_()
+        (g,) = torch.autograd.grad((y**3).sum(), y)
+    return (g * x).sum()
+
+
+def _differentiates(x):
+    if not x.requires_grad:
+        x = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(torch.tanh(x).pow(2).sum(), x, create_graph=True)
+    return (g * x).sum()
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [_detached, _without_gradients, _written_without_gradients, _own_gradient, _differentiates],
+    ids=lambda f: f.__name__,
+)
+def test_gradients_stop_where_torch_stops_them(fn):
+    x = jnp.array([-1.0, 0.2, 0.7, 2.0])
+    ours = by_xla(fn)
+    assert_trees_close(ours(x), from_torch(fn(torch.from_numpy(np.array(x)))), rtol=1e-5)
+    assert_trees_close((jax.grad(ours)(x),), torch_gradients(fn, x), rtol=1e-5)
+
+
+def test_torch_func_inside():
+    ours = by_xla(lambda x: torch.func.vmap(torch.func.grad(lambda y: torch.sin(y).prod()))(x))
+    x = jnp.arange(6.0).reshape(3, 2)
+    expected = jax.vmap(jax.grad(lambda y: jnp.sin(y).prod()))(x)
+    assert_trees_close(ours(x), expected, rtol=1e-5)
+    assert_trees_close(
+        jax.grad(lambda x: ours(x).sum())(x),
+        jax.grad(lambda x: jax.vmap(jax.grad(lambda y: jnp.sin(y).prod()))(x).sum())(x),
+        rtol=1e-5,
+    )
+
+
+# --- errors --------------------------------------------------------------------------------------------
+
+
+def test_a_value_that_is_read_is_an_error_with_its_line():
+    def reads(x):
+        if x.sum() > 0:
+            return x
+        return -x
+
+    with pytest.raises(torchleaf.TorchCallError, match=r"reads values.*test_capture\.py:\d+ \(`if x\.sum\(\) > 0:`\)"):
+        by_xla(reads)(jnp.ones(3))
+    with pytest.raises(torchleaf.TorchCallError, match=r"shape depends on values.*engine='torch'"):
+        by_xla(lambda x: x[x > 0])(jnp.ones(3))
+
+
+def test_a_value_of_a_constant_can_be_read():
+    limit = torch.tensor(3.0)
+    ours = by_xla(lambda x: x * 2 if limit > 2 else x)
+    assert_trees_close(ours(jnp.ones(2)), jnp.full(2, 2.0))
+
+
+def test_impure_code_is_an_error_as_in_the_other_engine():
+    kept = []
+    with pytest.raises(torchleaf.TorchCallError, match="keeps argument"):
+        by_xla(lambda x: kept.append(x) or x * 2)(jnp.ones(3))
+    total = torch.zeros(3)
+    with pytest.raises(torchleaf.TorchCallError, match="captured from outside"):
+        by_xla(lambda x: total.add_(x))(jnp.ones(3))
+
+
+def test_torchs_own_errors_are_quoted():
+    with pytest.raises(torchleaf.TorchCallError, match=r"(?s)lambda.*failed on operands.*torch said"):
+        by_xla(lambda x, y: x @ y)(jnp.ones((2, 3)), jnp.ones((2, 3)))
+
+
+def test_options_are_checked():
+    with pytest.raises(ValueError, match="engine must be 'torch' or 'xla', got 'tpu'"):
+        CallOptions.__post_init__(
+            SimpleNamespace(**{**vars(CallOptions()), "engine": "tpu"})
+        )  # before types are checked
+    with pytest.raises(ValueError, match="strict=True is for engine='xla'"):
+        torchleaf.torch_function(torch.sin, strict=True)
