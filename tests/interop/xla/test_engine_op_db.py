@@ -1,0 +1,96 @@
+"""torch's operator database computed by XLA, with no op that torch computes: every transformation, against torch."""
+
+import functools
+
+import jax
+import pytest
+import torch
+
+CHOSEN = [
+    "addmm",
+    "amax",
+    "atan2",
+    "cat",
+    "clamp",
+    "cummax",
+    "cumprod",
+    "diagonal_scatter",
+    "digamma",
+    "einsum",
+    "fft.rfft",
+    "floor_divide",
+    "gather",
+    "index_put",
+    "lerp",
+    "linalg.cholesky",
+    "linalg.solve",
+    "logsumexp",
+    "median",
+    "nn.functional.adaptive_avg_pool2d",
+    "nn.functional.avg_pool2d",
+    "nn.functional.batch_norm",
+    "nn.functional.conv2d",
+    "nn.functional.conv_transpose2d",
+    "nn.functional.grid_sample",
+    "nn.functional.interpolate.bilinear",
+    "nn.functional.layer_norm",
+    "nn.functional.max_pool2d",
+    "nn.functional.pad.reflect",
+    "pow",
+    "remainder",
+    "scatter_reduce.amax",
+    "sort",
+    "std",
+    "where",
+]
+"""One of each kind."""
+
+MISSING = {
+    "geqrf": "torch computes it: LAPACK's reflections are no op of JAX's",
+    "lu_solve": "torch computes it",
+    "lu_unpack": "torch computes it",
+}
+"""Operators with ops that JAX has no function for."""
+
+UNDEFINED = {
+    "as_strided_scatter",
+    "nn.functional.max_unpool1d",
+    "nn.functional.max_unpool2d",
+    "nn.functional.max_unpool3d",
+}
+"""Their samples write to one place several times, of which torch leaves the derivative undefined."""
+
+
+@functools.cache
+def _operators():
+    from op_database import name_of, operators
+
+    return {name_of(op): op for op in operators(torch.float64)}
+
+
+def _wrong(name):
+    from op_checks import outcomes
+
+    with jax.enable_x64(True):
+        found = list(outcomes(_operators()[name], torch.float64, 1, engine="xla", strict=True))
+    assert found
+    return [f"{o.operator} {o.transformation}: {o.wrong}" for o in found if o.wrong]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CHOSEN)
+def test_chosen_operators(name):
+    assert not _wrong(name)
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_what_is_missing_is_named(name):
+    assert any("for which engine='xla' has no JAX function" in text for text in _wrong(name))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_every_operator():
+    names = [n for n in _operators() if n not in MISSING and n not in UNDEFINED and not n.startswith("jiterator")]
+    wrong = [text for name in names for text in _wrong(name)]
+    assert len(wrong) == 0, "\n".join(wrong)
