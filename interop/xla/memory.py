@@ -5,7 +5,7 @@ and tensors that view it are read from it anew: so in-place ops and views become
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ class _Storage:
     value: int
     base: torch.Tensor
     version: int = 0
+    views: list[int] = field(default_factory=list)
 
 
 class Memory:
@@ -53,6 +54,11 @@ class Memory:
     def add(self, tensor: torch.Tensor, value: int) -> None:
         """A tensor that an op returned, with its value."""
         storage = self._storages.setdefault(self._storage_of(tensor), _Storage(value, tensor))
+        self._note(tensor, value, storage)
+
+    def _note(self, tensor: torch.Tensor, value: int, storage: _Storage) -> None:
+        if id(tensor) not in self._tensors:
+            storage.views.append(id(tensor))
         self._tensors[id(tensor)] = (tensor, value, storage.version)
 
     def read(self, tensor: torch.Tensor) -> int:
@@ -65,7 +71,7 @@ class Memory:
             return held[1]
         is_whole = _geometry(tensor) == _geometry(storage.base) and tensor.dtype == storage.base.dtype
         value = storage.value if is_whole else self._window(storage.value, self._places(storage, tensor), tensor)
-        self._tensors[id(tensor)] = (tensor, value, storage.version)
+        self._note(tensor, value, storage)
         return value
 
     def write(self, tensor: torch.Tensor, value: int) -> None:
@@ -73,10 +79,21 @@ class Memory:
         storage = self._storages[self._storage_of(tensor)]
         if _geometry(tensor) == _geometry(storage.base) and tensor.dtype == storage.base.dtype:
             storage.value = value
+            storage.version += 1
         else:
-            storage.value = self._put(storage.value, value, self._places(storage, tensor), storage.base)
-        storage.version += 1
-        self._tensors[id(tensor)] = (tensor, value, storage.version)
+            places = self._places(storage, tensor)
+            own = _offsets_of(tensor)
+            apart = [held for held in self._current(storage) if not np.isin(_offsets_of(held[0]), own).any()]
+            storage.value = self._put(storage.value, value, places, storage.base)
+            storage.version += 1
+            for other, held, _ in apart:  # such as the other parts of a tensor that was split
+                self._note(other, held, storage)
+        self._note(tensor, value, storage)
+
+    def _current(self, storage: _Storage) -> list[tuple[torch.Tensor, int, int]]:
+        """The tensors of a storage whose values are known, but for large ones."""
+        every = (self._tensors[i] for i in storage.views)
+        return [held for held in every if held[2] == storage.version and held[0].numel() <= _MOST_COMPARED]
 
     def adopt(self, whole: torch.Tensor, value: int) -> None:
         """A constant's memory, in which something unknown was written: what it was before."""
@@ -93,6 +110,13 @@ class Memory:
         places = np.full(max(base.max(initial=-1), _offsets(_geometry(tensor)).max(initial=-1)) + 1, -1)
         places[base] = np.arange(base.size)
         return np.asarray(places[_offsets(_geometry(tensor))])
+
+
+_MOST_COMPARED = 2**20
+
+
+def _offsets_of(tensor: torch.Tensor) -> np.ndarray:
+    return np.asarray(_offsets(_geometry(tensor)))
 
 
 def _geometry(tensor: torch.Tensor) -> Geometry:

@@ -32,8 +32,8 @@ class Outcome:
     not_applicable: str = ""
 
 
-def outcomes(op: Any, dtype: torch.dtype, most: int) -> Iterator[Outcome]:
-    """Those of all transformations of a few samples."""
+def outcomes(op: Any, dtype: torch.dtype, most: int, **options: Any) -> Iterator[Outcome]:
+    """Those of all transformations of a few samples, by a `torch_function` of these options."""
     if op.name.startswith("jiterator"):
         yield Outcome(name_of(op), 0, "forward", not_applicable="torch: it runs on GPUs only")
         return
@@ -50,16 +50,16 @@ def outcomes(op: Any, dtype: torch.dtype, most: int) -> Iterator[Outcome]:
             yield Outcome(name_of(op), i, "gradient", not_applicable=f"torch: {_short(failure)}")
         is_differentiable = op.supports_autograd and not isinstance(failure, Exception)
         with plain_attention():
-            for name, found in _verdicts(programs(case, differentiable=is_differentiable), points):
+            for name, found in _verdicts(programs(case, differentiable=is_differentiable, **options), points):
                 yield Outcome(name_of(op), i, name, **found)
 
 
 # --- in JAX ----------------------------------------------------------------------------------------
 
 
-def programs(case: Case, *, differentiable: bool) -> Programs:
+def programs(case: Case, *, differentiable: bool, **options: Any) -> Programs:
     """Each transformation of a case, as a function of its operands, or of a batch of them."""
-    ours = torchleaf.torch_function(lambda *operands: case.function(*operands))
+    ours = torchleaf.torch_function(lambda *operands: case.function(*operands), **options)
     u, v = tuple(map(_array, case.u)), tuple(map(_array, case.v))
     weights = {i: _array(w.conj()) for i, w in case.weights.items()}
     every = tuple(range(len(case.operands)))

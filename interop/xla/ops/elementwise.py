@@ -193,6 +193,7 @@ _register(
         "angle": _angle,
         "positive": lambda x: x,
         "conj_physical": jnp.conj,
+        "_conj_physical": jnp.conj,
         "deg2rad": jnp.deg2rad,
         "rad2deg": jnp.rad2deg,
         "isnan": jnp.isnan,

@@ -1,0 +1,112 @@
+"""torch's operator database computed by XLA, with no op that torch computes: every transformation, against torch."""
+
+import functools
+
+import jax
+import pytest
+import torch
+
+CHOSEN = [
+    "addmm",
+    "amax",
+    "atan2",
+    "cat",
+    "clamp",
+    "cummax",
+    "cumprod",
+    "diagonal_scatter",
+    "digamma",
+    "einsum",
+    "fft.rfft",
+    "floor_divide",
+    "gather",
+    "index_put",
+    "lerp",
+    "linalg.cholesky",
+    "linalg.solve",
+    "logsumexp",
+    "median",
+    "nn.functional.adaptive_avg_pool2d",
+    "nn.functional.avg_pool2d",
+    "nn.functional.batch_norm",
+    "nn.functional.conv2d",
+    "nn.functional.conv_transpose2d",
+    "nn.functional.grid_sample",
+    "nn.functional.interpolate.bilinear",
+    "nn.functional.layer_norm",
+    "nn.functional.max_pool2d",
+    "nn.functional.pad.reflect",
+    "pow",
+    "remainder",
+    "scatter_reduce.amax",
+    "sort",
+    "std",
+    "where",
+]
+"""One of each kind."""
+
+MISSING = {
+    "geqrf": "torch computes it: LAPACK's reflections are no op of JAX's",
+    **dict.fromkeys(
+        [
+            *("lu_solve", "lu_unpack", "linalg.lu", "linalg.eig", "linalg.eigvals"),
+            *("linalg.ldl_factor", "linalg.ldl_factor_ex", "linalg.ldl_solve"),
+            *("_segment_reduce.lengths", "_segment_reduce.offsets", "grid_sampler_3d", "hash_tensor"),
+            *("histogram", "histogramdd", "linalg.lu_solve", "nonzero_static", "ormqr", "resize_", "resize_as_"),
+            *(f"index_reduce.{how}" for how in ("amax", "amin", "mean", "prod")),
+            *("linalg.pinv", "linalg.pinv.hermitian", "linalg.pinv.singular", "pinverse", "searchsorted"),
+            *("special.airy_ai", "special.bessel_j1", "special.bessel_y1", "special.modified_bessel_i1"),
+        ],
+        "torch computes it",
+    ),
+}
+"""Operators with ops that JAX has no function for."""
+
+WRONG = {
+    **dict.fromkeys(
+        ["as_strided_scatter", *(f"nn.functional.max_unpool{n}d" for n in (1, 2, 3))],
+        "samples write to one place several times, of which torch leaves the derivative undefined",
+    ),
+    **dict.fromkeys([f"polygamma.polygamma_n_{n}" for n in range(5)], "JAX's has no negative numbers"),
+    "nextafter": "torch gives it the derivative of the identity, JAX none",
+    "scatter_reduce.prod": "no gradient in JAX where indices may meet",
+    "_batch_norm_with_update": "its statistics have a derivative here, and are constants in torch",
+    "to_sparse": "JAX has dense arrays only",
+}
+"""Operators that are not right yet, or cannot be."""
+
+
+@functools.cache
+def _operators():
+    from op_database import name_of, operators
+
+    return {name_of(op): op for op in operators(torch.float64)}
+
+
+def _wrong(name):
+    from op_checks import outcomes
+
+    with jax.enable_x64(True):
+        found = list(outcomes(_operators()[name], torch.float64, 1, engine="xla", strict=True))
+    assert found
+    return [f"{o.operator} {o.transformation}: {o.wrong}" for o in found if o.wrong]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CHOSEN)
+def test_chosen_operators(name):
+    assert not _wrong(name)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", MISSING)
+def test_what_is_missing_is_named(name):
+    assert any("for which engine='xla' has no JAX function" in text for text in _wrong(name))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_every_operator():
+    names = [n for n in _operators() if n not in MISSING and n not in WRONG and not n.startswith("jiterator")]
+    wrong = [text for name in names for text in _wrong(name)]
+    assert len(wrong) == 0, "\n".join(wrong)
