@@ -175,12 +175,6 @@ def copysign(x: Any, y: Any) -> Any:
     return jnp.where(x == 0, lax.stop_gradient(jnp.copysign(x, y)), x * sign)
 
 
-@pointwise("nextafter")
-def nextafter(x: Any, y: Any) -> Any:
-    """The next number towards `y`; it has no derivative."""
-    return jnp.nextafter(lax.stop_gradient(x), lax.stop_gradient(y))
-
-
 @pointwise("ldexp")
 def ldexp(x: Any, y: Any) -> Any:
     """`x * 2**y`."""

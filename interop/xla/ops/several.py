@@ -8,7 +8,7 @@ from jax import lax
 
 from ..dtypes import Number, cast, category, opmath
 from ..table import op
-from .elementwise import computing_dtype, digamma, round_half_to_even
+from .elementwise import computing_dtype, round_half_to_even
 
 
 @op("where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar")
@@ -100,13 +100,6 @@ def logit(x: Any, eps: float | None = None, *, out: Any) -> Any:
 def mvlgamma(x: Any, p: int, *, out: Any) -> Any:
     """The multivariate log-gamma function."""
     return special.multigammaln(cast(x, opmath(out.dtype)), p)
-
-
-@op("polygamma")
-def polygamma(n: int, x: Any, *, out: Any) -> Any:
-    """A derivative of digamma."""
-    x = cast(x, opmath(out.dtype))
-    return digamma(x) if n == 0 else special.polygamma(jnp.full(x.shape, n, jnp.int32), x)
 
 
 @op("special_ndtr")

@@ -703,7 +703,7 @@ def test_what_is_kept_is_never_memory_of_xla():
         y, pullback = forward(X)
         backward(pullback, y)
     y, pullback = jax.block_until_ready(forward(X))
-    ((tape, _),) = residuals._graphs.values()
+    ((tape, *_),) = residuals._graphs.values()
     kept = [x.untyped_storage().data_ptr() for x in tape._kept]
     assert kept
     assert not any(pointer in memory(array) for pointer in kept for array in (X, y))
