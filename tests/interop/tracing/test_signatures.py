@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import torchleaf.interop.function as function_module
+import torchleaf.interop.tracing.specialize as specialize_module
 from compare import assert_trees_close
 from torch._subclasses.fake_tensor import FakeTensor
 from torchleaf import torch_function
@@ -108,13 +108,13 @@ def test_order_of_keywords_does_not_matter():
 def traces(monkeypatch):
     """The operand shapes of every trace; derivatives try the function on fake tensors, which is no trace."""
     shapes = []
-    original = function_module.trace
+    original = specialize_module.trace
 
     def counting(traced: Any, **options: Any) -> Any:
         shapes.append([shape for shape, _ in traced.specs])
         return original(traced, **options)
 
-    monkeypatch.setattr(function_module, "trace", counting)
+    monkeypatch.setattr(specialize_module, "trace", counting)
     return shapes
 
 
