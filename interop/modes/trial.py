@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..internals import FAKE_LOGGER, VMAP_FALLBACK, load_compiler
+from ..internals import FAKE_LOGGER, VMAP_FALLBACK, load_compiler, without_transforms
 from ..process.switches import flag_off
 from ..values import dtypes
 from .ambient import neutral
@@ -49,7 +49,7 @@ def trial_run(
     """Run `function` on fake tensors of a device, which give `answers` where it reads values; the exception it raised,
     if any."""
     try:
-        with neutral(), fake_mode(answers), plain_kernels(), _STRICT_VMAP.held():
+        with without_transforms(), neutral(), fake_mode(answers), plain_kernels(), _STRICT_VMAP.held():
             function(*empty_like_avals(avals, device))
     except Exception as exc:
         return exc

@@ -10,6 +10,7 @@ import torch
 from jax.core import Tracer
 
 from ..errors import ForeignTensorError, TorchCallError
+from ..internals import without_transforms
 from ..modes.kernels import COMPILED, NONE, compiled_code
 from ..modes.random import key_operand
 from ..types import Aval, CallOptions, Operand
@@ -65,9 +66,10 @@ def specialize(
         foreign=target.foreign(),
     )
     try:
-        found = trace(
-            traced, out_shape=options.out_shape, examples=lambda: _examples(arguments, options.example_args, traced)
-        )
+        with without_transforms():  # torch.func may have called JAX, which calls torch
+            found = trace(
+                traced, out_shape=options.out_shape, examples=lambda: _examples(arguments, options.example_args, traced)
+            )
     except ForeignTensorError as exc:
         raise target.explained(exc) from exc
     found = target.check(found, stateful=stateful)
