@@ -106,14 +106,15 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, call: TorchCall) ->
     if not call.base.options.forward_mode:
         return _reverse_only(call, active, primals, tangents)
     given = [tangents[i] for i in active]
-    out_primals, residuals, tangents_of = _linearized(call, active, primals, is_reverse=_may_be_remat(given))
+    out_primals, _, residuals, tangents_of = _linearized(call, active, primals, is_reverse=_may_be_remat(given))
     return out_primals, tangents_of(residuals, given)
 
 
 def _linearized(
     call: TorchCall, active: tuple[int, ...], primals: Sequence[Any], *, is_reverse: bool
-) -> tuple[list[Any], list[Any], Callable[[Sequence[Any], Sequence[Any]], list[Any]]]:
-    """The outputs, what their tangents depend on, and the linear map from tangents of the `active` operands."""
+) -> tuple[list[Any], tuple[int, ...], list[Any], Callable[[Sequence[Any], Sequence[Any]], list[Any]]]:
+    """The outputs, those that have tangents, what these depend on, and their linear map from those of the `active`
+    operands."""
     if is_reverse and call.inexact_outs and _keeps_graph(call):
         outs, tangent_call = call.inexact_outs, call.derive(Jvp, active, call.inexact_outs, True)
         *out_primals, handle = bind(call.derive(Save, active), *primals)
@@ -128,7 +129,7 @@ def _linearized(
         by_output = dict(zip(outs, out_tangents, strict=True))
         return [by_output.get(o, zero) for o, zero in enumerate(zeros)]
 
-    return out_primals, residuals, tangents_of
+    return out_primals, outs, residuals, tangents_of
 
 
 def _linearize(is_reverse: bool, nonzeros: Sequence[bool], *primals: Any, call: TorchCall) -> tuple[Any, ...] | None:
@@ -136,13 +137,12 @@ def _linearize(is_reverse: bool, nonzeros: Sequence[bool], *primals: Any, call: 
     if not call.base.options.forward_mode:
         return None
     active = tuple(i for i, nz in enumerate(nonzeros) if nz)
-    out_primals, residuals, tangents_of = _linearized(call, active, primals, is_reverse=is_reverse)
-    inexact = {*call.inexact_outs}
+    out_primals, outs, residuals, tangents_of = _linearized(call, active, primals, is_reverse=is_reverse)
 
     def linear(residuals: Sequence[Any], *tangents: Any) -> list[Any]:
         return tangents_of(residuals, [tangents[i] for i in active])
 
-    return out_primals, [o in inexact for o in range(len(out_primals))], residuals, linear
+    return out_primals, [o in outs for o in range(len(out_primals))], residuals, linear
 
 
 def _keeps_graph(call: TorchCall) -> bool:

@@ -380,3 +380,35 @@ def test_state_that_depends_on_values_without_state():
         with pytest.raises((jax.errors.JaxRuntimeError, ValueError), match=r"changes buffer `count`.*make_with_state"):
             jax.block_until_ready(model(x))
     assert module.count == 0
+
+
+@pytest.mark.all_cases
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("order", ["forward over reverse", "reverse over reverse", "reverse over forward"])
+def test_second_derivatives_beside_state(order, jit):
+    """Of a call with outputs that have no tangents: new values of buffers."""
+    model, state = eqx.nn.make_with_state(torchleaf.TorchModule)(torch.nn.BatchNorm1d(3))
+    leaves, treedef = jax.tree.flatten(state)
+    x = jnp.sin(jnp.arange(15.0)).reshape(5, 3)
+
+    def loss(params):
+        now = jax.tree.unflatten(treedef, leaves)
+        return jnp.sum(jnp.sin(eqx.tree_at(lambda m: m.params, model, params)(x, state=now)[0]))
+
+    def twin(params):
+        y = (x - x.mean(0)) / jnp.sqrt(x.var(0) + 1e-5) * params["weight"] + params["bias"]
+        return jnp.sum(jnp.sin(y))
+
+    def product(f):
+        def dot(gradient):
+            return sum(jnp.vdot(gradient[name], tangents[name]) for name in tangents)
+
+        return {
+            "forward over reverse": lambda p: jax.jvp(jax.grad(f), (p,), (tangents,))[1],
+            "reverse over reverse": jax.grad(lambda p: dot(jax.grad(f)(p))),
+            "reverse over forward": jax.grad(lambda p: jax.jvp(f, (p,), (tangents,))[1]),
+        }[order]
+
+    params = {"weight": jnp.array([1.0, 2.0, -1.0]), "bias": jnp.array([0.1, 0.2, 0.3])}
+    tangents = jax.tree.map(jnp.cos, params)
+    assert_trees_close(jit(product(loss))(params), product(twin)(params), rtol=1e-4, atol=1e-5)
