@@ -7,15 +7,14 @@ Source: [double backward](https://docs.pytorch.org/tutorials/intermediate/custom
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from ..modes.function_applies import applications_heard_by
 from ..modes.guard import is_plain_run
-from ..process.switches import Switch
 from ..values.dtypes import is_inexact_tensor
 from .differences import OtherDerivativeError, check_slope, drawn_like, inner
 
@@ -59,39 +58,18 @@ class Application:
 def applications() -> Iterator[list[Application]]:
     """Those within, outside of torch's transforms, to something that requires gradients."""
     found: list[Application] = []
-    token = _noted.set(found)
-    try:
-        with _NOTING.held():
-            yield found
-    finally:
-        _noted.reset(token)
 
-
-_noted: ContextVar[list[Application] | None] = ContextVar("noted", default=None)
-
-
-@contextlib.contextmanager
-def _noting() -> Iterator[None]:
-    original = torch.autograd.Function.__dict__["apply"]
-
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        found = _noted.get()
-        if found is None or len(found) == _MOST or not _is_of_interest(args):
-            return original.__get__(None, cls)(*args, **kwargs)
+    def note(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
+        if len(found) == _MOST or not _is_of_interest(args):
+            return run(*args, **kwargs)
         copies = (x.detach().clone().requires_grad_(x.requires_grad) if _is_tensor(x) else x for x in args)
         found.append(Application(cls, tuple(copies), kwargs))
-        outputs = original.__get__(None, cls)(*args, **kwargs)
+        outputs = run(*args, **kwargs)
         found[-1].note_gradient(outputs)
         return outputs
 
-    torch.autograd.Function.apply = classmethod(apply)  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = original
-
-
-_NOTING = Switch(_noting)
+    with applications_heard_by(note):
+        yield found
 
 
 def _is_tensor(x: Any) -> bool:

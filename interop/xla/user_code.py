@@ -3,27 +3,20 @@ their own."""
 
 import contextlib
 from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 
+from ..modes.function_applies import applications_heard_by
 from ..modes.function_modes import FunctionMode
-from ..process.switches import Switch
 from .capture import Capture
-
-_capture: ContextVar[Capture | None] = ContextVar("capture", default=None)
 
 
 @contextlib.contextmanager
 def heard(capture: Capture) -> Iterator[None]:
     """Around a captured run: its capture is told."""
-    token = _capture.set(capture)
-    try:
-        with _APPLYING.held(), _Detaching(capture):
-            yield
-    finally:
-        _capture.reset(token)
+    with applications_heard_by(capture.apply), _Detaching(capture):
+        yield
 
 
 class _Detaching(FunctionMode):
@@ -55,21 +48,3 @@ _RECURRENT = {
     torch.rnn_relu: "rnn_relu.input",  # pyright: ignore[reportPrivateImportUsage]
 }
 """Loops over time, which torch unrolls."""
-
-
-@contextlib.contextmanager
-def _applying() -> Iterator[None]:
-    original = torch.autograd.Function.__dict__["apply"]
-
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        capture, run = _capture.get(), original.__get__(None, cls)
-        return run(*args, **kwargs) if capture is None else capture.apply(cls, args, kwargs, run)
-
-    torch.autograd.Function.apply = classmethod(apply)  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = original
-
-
-_APPLYING = Switch(_applying)

@@ -14,6 +14,7 @@ from torchleaf import TorchModule, to_jax, to_torch, torch_function
 from torchleaf.interop import internals
 from torchleaf.interop.calls.own_functions import applications
 from torchleaf.interop.modes import trial
+from torchleaf.interop.modes.function_applies import applications_heard_by
 from torchleaf.interop.modes.kernels import plain_kernels
 from torchleaf.interop.modes.trial import fake_mode
 
@@ -47,7 +48,8 @@ def test_switches_are_on_again_after_threads_that_overlapped():
     before, both, first_is_out = switches(), threading.Barrier(2), threading.Event()
 
     def run(is_first):
-        with fake_mode(), trial._STRICT_VMAP.held(), plain_kernels(), applications():
+        heard = applications() if is_first else applications_heard_by(lambda cls, args, kwargs, run: run(*args))
+        with fake_mode(), trial._STRICT_VMAP.held(), plain_kernels(), heard:
             both.wait()
             assert switches()[:2] == (True, False)
             if not is_first:
