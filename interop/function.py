@@ -170,12 +170,12 @@ class TorchFunction:
         if specialized is None:
             specialized = self._specialized[signature] = self._made_for(arguments, like, device, stateful=stateful)
         operands = arguments.operands
-        if specialized.random:
+        if specialized.found.random:
             made = key.make() if isinstance(key, LateKey) else key
             operands = [*operands, key_operand(made, self.name)]
-        if isinstance(specialized, Computed):
-            return specialized.rebuild(specialized.program(*operands))
-        return specialized.rebuild(bind(specialized.call, *operands))
+        is_computed = isinstance(specialized, Computed)
+        results = specialized.program(*operands) if is_computed else bind(specialized.call, *operands)
+        return specialized.found.rebuild(results)
 
     def _made_for(
         self, arguments: Arguments, key: Any, device: torch.device, *, stateful: bool

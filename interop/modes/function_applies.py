@@ -23,18 +23,19 @@ _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 def applications_heard_by(listener: Listener) -> Iterator[None]:
     """Within it the listener stands for `Function.apply`; what it applies goes by the listener around it, if any."""
     outer = _listener.get()
-
-    def listen(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
-        if outer is None:
-            return listener(cls, args, kwargs, run)
-        return listener(cls, args, kwargs, lambda *xs, **named: outer(cls, xs, named, run))
-
-    token = _listener.set(listen)
+    token = _listener.set(listener if outer is None else _within(outer, listener))
     try:
         with _HOOK.held():
             yield
     finally:
         _listener.reset(token)
+
+
+def _within(outer: Listener, listener: Listener) -> Listener:
+    def both(cls: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
+        return listener(cls, args, kwargs, lambda *xs, **named: outer(cls, xs, named, run))
+
+    return both
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """A target at one signature: traced, and made a call."""
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -20,7 +20,7 @@ from .examples import Example, made_examples
 from .keys import with_key
 from .specialized import Specialized
 from .target import Target
-from .trace import trace
+from .trace import Trace, trace
 from .traceable import Traceable
 
 
@@ -48,38 +48,45 @@ def specialize(
     **Raises:** `TypeError` for arguments that do not fit the signature, `torchleaf.TorchCallError` for a target that
     cannot be called.
     """
+    traced = traceable(target, arguments, key, device, explores=stateful)
+    examples = functools.partial(_examples, arguments, options.example_args, traced)
+    found = target.check(trace_of(target, traced, options.out_shape, examples), stateful=stateful)
+    found = replace(found, fused_kernels=found.fused_kernels | compiled_code(target.callable))
+    run = target.runner(arguments.filler(), found, stateful=stateful)
+    if found.random:  # ops in compiled code cannot be seen
+        run = with_key(run, kernels=found.fused_kernels & {COMPILED}, host=bool(found.host_random))
+    elif key is not None:
+        traced = traced.without_key()
+    return Specialized(run, traced, found, options, is_loose=target.is_loose, refuse_write=refuse_write)
+
+
+def traceable(target: Target, arguments: Arguments, key: Any, device: torch.device, *, explores: bool) -> Traceable:
+    """A target with the operands of a call, of which the last one is a key if one is given."""
     arguments.check_signature()
-    operands, fill = target.operands(arguments), arguments.filler()
-    function = target.observer(fill)
+    operands, function = target.operands(arguments), target.observer(arguments.filler())
     if key is not None:
         words = key_operand(key, target.name)
         operands.append(Operand("key", Aval(words.shape, words.dtype), torch.uint32))
         function = with_key(function, kernels=NONE)
-    traced = Traceable(
+    return Traceable(
         function,
         target.name,
         operands,
         device,
-        explores=stateful and any(x.is_state for x in operands),
+        explores=explores and any(x.is_state for x in operands),
         has_key=key is not None,
         key_remedy=target.key_remedy,
         foreign=target.foreign(),
     )
+
+
+def trace_of(target: Target, traced: Traceable, out_shape: Any, examples: Callable[[], Iterable[Example]]) -> Trace:
+    """What a target does."""
     try:
         with without_transforms():  # torch.func may have called JAX, which calls torch
-            found = trace(
-                traced, out_shape=options.out_shape, examples=lambda: _examples(arguments, options.example_args, traced)
-            )
+            return trace(traced, out_shape=out_shape, examples=examples)
     except ForeignTensorError as exc:
         raise target.explained(exc) from exc
-    found = target.check(found, stateful=stateful)
-    found = replace(found, fused_kernels=found.fused_kernels | compiled_code(target.callable))
-    run = target.runner(fill, found, stateful=stateful)
-    if found.random:  # ops in compiled code cannot be seen
-        run = with_key(run, kernels=found.fused_kernels & {COMPILED}, host=bool(found.host_random))
-    elif key is not None:
-        traced = replace(traced, operands=operands[:-1])
-    return Specialized(run, traced, found, options, is_loose=target.is_loose, refuse_write=refuse_write)
 
 
 def _examples(arguments: Arguments, example_args: Sequence[Any] | None, traced: Traceable) -> Iterator[Example]:

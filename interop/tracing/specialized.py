@@ -45,7 +45,7 @@ class Specialized:
         is_loose: bool,
         refuse_write: Callable[[Collection[int]], NoReturn],
     ):
-        self._name, self._function, self._found = traced.name, function, found
+        self._name, self._function, self.found = traced.name, function, found
         self._autocast = ambient.autocast_here()
         self._x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
         self._wanted, self._refuse_write = [x.dtype for x in traced.operands], refuse_write
@@ -55,11 +55,11 @@ class Specialized:
         self._mutated = set(range(len(traced.operands))) if self._copies else set(found.mutated)
         self._conversions = self._find_conversions([dtypes.to_torch_dtype(x.aval.dtype) for x in traced.operands])
         self._is_tensor = jax.tree_util.treedef_is_leaf(found.treedef) and bool(found.out_avals)
-        self._n_outs, self.state, self.random = len(found.out_avals), found.state, found.random
+        n_outs = len(found.out_avals)
         out_avals = (*found.out_avals, *(traced.operands[i].aval for i in found.state))
         self._out_dtypes = [dtypes.to_torch_dtype(aval.dtype) for aval in out_avals]
         facts = Facts(
-            state=tuple(zip(found.state, range(self._n_outs, len(out_avals)), strict=True)),
+            state=tuple(zip(found.state, range(n_outs, len(out_avals)), strict=True)),
             operations=found.operations,
             device=traced.device,
             fakeable=found.fakeable and HIGHER_ORDER not in found.fused_kernels,  # torch.func.jvp of `cond` is zero
@@ -76,12 +76,6 @@ class Specialized:
         )
         self.call = Base(self._run, traced.name, traced.operands, out_avals, facts, options)
 
-    def rebuild(self, results: Sequence[Any]) -> tuple[Any, dict[int, Any]]:
-        """The callable's output, with arrays in the place of tensors, and the new values of state operands."""
-        feed = iter(results)
-        leaves = [next(feed) if isinstance(leaf, Aval) else leaf for leaf in self._found.leaves]
-        return jax.tree.unflatten(self._found.treedef, leaves), dict(zip(self.state, feed, strict=True))
-
     def _find_conversions(self, given: Sequence[torch.dtype]) -> list[tuple[int, torch.dtype, bool]]:
         """For operands that need it: their number, their dtype, and whether they are to be copies."""
         return [
@@ -92,7 +86,7 @@ class Specialized:
 
     def _run(self, *tensors: torch.Tensor) -> Tensors:
         """The callable over flat tensors of the JAX dtypes."""
-        if not self._found.watched or not guard.is_plain_run(tensors):
+        if not self.found.watched or not guard.is_plain_run(tensors):
             return self._run_on(self._converted(tensors))
         outs = None
         while outs is None:
@@ -142,20 +136,20 @@ class Specialized:
         return tuple(converted)
 
     def _run_on(self, tensors: Tensors) -> Tensors:
-        compiles = HIGHER_ORDER in self._found.fused_kernels
+        compiles = HIGHER_ORDER in self.found.fused_kernels
         autocast = ambient.autocast(self._autocast) if self._autocast else _NO_CHANGE
         with autocast, quiet_compiler() if compiles else _NO_CHANGE:
             output, state = self._function(*tensors)
         if self._is_tensor and type(output) is torch.Tensor:
-            leaves, treedef = [output], self._found.treedef
+            leaves, treedef = [output], self.found.treedef
         else:
             leaves, treedef = flatten_registering(output, every_record=True)
-        if treedef != self._found.treedef:
+        if treedef != self.found.treedef:
             raise TorchCallError(
-                f"{self._name} returned {treedef} at run time, but {self._found.treedef} when it was traced (or "
+                f"{self._name} returned {treedef} at run time, but {self.found.treedef} when it was traced (or "
                 "declared by `out_shape`). The structure of the output must not depend on values."
             )
-        if self._found.watched:
+        if self.found.watched:
             with jax.enable_x64(self._x64):  # of the thread that traced it; this one is XLA's
                 self._check_leaves(output, leaves)
         outs = [*(y for y in leaves if isinstance(y, torch.Tensor)), *state]
@@ -165,7 +159,7 @@ class Specialized:
 
     def _check_leaves(self, output: Any, leaves: Sequence[Any]) -> None:
         """A callable that inspects values may return something else each time."""
-        for path, leaf, expected in zip(leaf_names(output), leaves, self._found.leaves, strict=True):
+        for path, leaf, expected in zip(leaf_names(output), leaves, self.found.leaves, strict=True):
             where = f"{self._name} returned at output{path}"
             if isinstance(expected, Aval):
                 if not isinstance(leaf, torch.Tensor):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import jax
 import torch
 
 from ..errors import TorchCallError, quote, signature_text
@@ -20,7 +21,7 @@ from ..modes.host_random import drawn_from, host_generators_seeded, refuse_host_
 from ..modes.known import Failure, KnownConstants
 from ..modes.trial import fake_mode
 from ..replay.repeated import SMALL
-from ..types import Checkpoints
+from ..types import Aval, Checkpoints
 from .examples import Example
 from .observe import Observation, observe
 from .outputs import compare, declared
@@ -42,6 +43,12 @@ class Trace(Observation):
     """Whether it does nothing but ops, which are the same where `reads` are."""
     grad_mode: bool = True
     """Whether it has to run in torch's default grad mode also where nothing is differentiated."""
+
+    def rebuild(self, results: Iterable[Any]) -> tuple[Any, dict[int, Any]]:
+        """The callable's output, with arrays in the place of tensors, and the new values of state operands."""
+        feed = iter(results)
+        leaves = [next(feed) if isinstance(leaf, Aval) else leaf for leaf in self.leaves]
+        return jax.tree.unflatten(self.treedef, leaves), dict(zip(self.state, feed, strict=True))
 
 
 def trace(traced: Traceable, *, out_shape: Any, examples: Callable[[], Iterable[Example]]) -> Trace:
@@ -184,7 +191,7 @@ def _together(
         mutated=frozenset().union(*(one.mutated for one in found)),
         state=tuple(i for i in traced.state_operands if i in state),
         restored=frozenset(),
-        fused_kernels=observed | (kernels.ALL - kernels.UNRECORDED) | ({kernels.DROPPED} if traced.has_key else set()),
+        fused_kernels=observed | (_any_kernels(traced) - kernels.UNRECORDED),
         operations=max(one.operations for one in found),
         random=traced.has_key,
         captures=True,
@@ -201,6 +208,11 @@ def _together(
     )
 
 
+def _any_kernels(traced: Traceable) -> frozenset[str]:
+    """Those that a run may use which was not seen."""
+    return kernels.ALL | ({kernels.DROPPED} if traced.has_key else kernels.NONE)
+
+
 def _anything(traced: Traceable, output: Output) -> Trace:
     """What a callable may do that was never seen to run."""
     return Trace(
@@ -208,7 +220,7 @@ def _anything(traced: Traceable, output: Output) -> Trace:
         mutated=frozenset(range(len(traced.specs))),
         state=traced.state_operands,
         restored=frozenset(),
-        fused_kernels=kernels.ALL | ({kernels.DROPPED} if traced.has_key else set()),
+        fused_kernels=_any_kernels(traced),
         operations=math.inf,
         random=traced.has_key,
         captures=True,

@@ -1,7 +1,7 @@
 """A torch callable over flat tensors, before it is known what it does."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,10 @@ class Traceable:
     """What to do where they have none."""
     foreign: Mapping[int, str] = field(default_factory=dict)
     """Storages that no op may read, because operands stand for what they hold; each with what it is."""
+
+    def without_key(self) -> "Traceable":
+        """The same without the last operand."""
+        return replace(self, operands=self.operands[:-1])
 
     @property
     def specs(self) -> list[tuple[tuple[int, ...], torch.dtype]]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ..errors import TorchCallError
 from ..internals import torch_pytree
 from ..tracing.trace import Trace
-from ..types import Aval, CallOptions
+from ..types import CallOptions
 from .dtypes import cast
 from .graph import Graph, Node, Ref
 
@@ -26,8 +26,7 @@ class Computed:
     """
 
     def __init__(self, name: str, graph: Graph, found: Trace, options: CallOptions, n_operands: int):
-        self._name, self.graph, self._found, self._n_operands = name, graph, found, n_operands
-        self.random, self.state = found.random, found.state
+        self._name, self.graph, self.found, self._n_operands = name, graph, found, n_operands
 
         def run(*operands: Any) -> list[Any]:
             return self._run(operands)
@@ -35,16 +34,10 @@ class Computed:
         run.__name__ = run.__qualname__ = name
         self.program = jax.jit(jax.checkpoint(run) if options.residuals == "recompute" else run)
 
-    def rebuild(self, results: Sequence[Any]) -> tuple[Any, dict[int, Any]]:
-        """The callable's output, with arrays in the place of tensors, and the new values of state operands."""
-        feed = iter(results)
-        leaves = [next(feed) if isinstance(leaf, Aval) else leaf for leaf in self._found.leaves]
-        return jax.tree.unflatten(self._found.treedef, leaves), dict(zip(self.state, feed, strict=True))
-
     def _run(self, operands: Sequence[Any]) -> list[Any]:
         env: dict[int, Any] = dict(enumerate(operands[: self._n_operands]))
         env |= {number: jnp.asarray(x) for number, x in self.graph.constants.items()}
-        key, n_drawn = (_typed(operands[-1]), 0) if self.random else (None, 0)
+        key, n_drawn = (_typed(operands[-1]), 0) if self.found.random else (None, 0)
         for node in self.graph.nodes:
             more: dict[str, Any] = {}
             if node.draws:

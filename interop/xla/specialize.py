@@ -11,15 +11,14 @@ import jax
 import torch
 
 from ..errors import ForeignTensorError, TorchCallError, quote
-from ..internals import DataDependentOutputException, DynamicOutputShapeException
-from ..modes.kernels import NONE, plain_kernels
+from ..internals import DataDependentOutputException, DynamicOutputShapeException, without_transforms
+from ..modes.kernels import plain_kernels
 from ..modes.known import KnownConstants
-from ..modes.random import key_operand
 from ..modes.trial import fake_mode
 from ..tracing.arguments import Arguments
-from ..tracing.keys import with_key
+from ..tracing.specialize import trace_of, traceable
 from ..tracing.target import Target
-from ..tracing.trace import Trace, failed, trace
+from ..tracing.trace import Trace, failed
 from ..tracing.traceable import Flat, Traceable
 from ..types import Aval, CallOptions, Operand
 from ..values import dtypes
@@ -56,30 +55,14 @@ def specialize(
     **Raises:** `TypeError` for arguments that do not fit the signature, `torchleaf.TorchCallError` for a target that
     cannot be called, or not by this engine.
     """
-    arguments.check_signature()
-    operands, fill = target.operands(arguments), arguments.filler()
-    _refuse_symbols(target.name, operands)
-    function = observed = target.observer(fill)
-    traced = Traceable(
-        function,
-        target.name,
-        operands,
-        device,
-        explores=False,
-        has_key=key is not None,
-        key_remedy=target.key_remedy,
-        foreign=target.foreign(),
-    )
-    given = traced
-    if key is not None:
-        words = key_operand(key, target.name)
-        keyed = [*operands, Operand("key", Aval(words.shape, words.dtype), torch.uint32)]
-        given = replace(traced, function=with_key(observed, kernels=NONE), operands=keyed)
+    given = traceable(target, arguments, key, device, explores=False)
+    traced = given if key is None else given.without_key()
+    _refuse_symbols(target.name, traced.operands)
     try:
-        found = trace(given, out_shape=options.out_shape, examples=tuple)
-    except ForeignTensorError as exc:
-        raise target.explained(exc) from exc
+        found = trace_of(target, given, options.out_shape, tuple)
     except TorchCallError as exc:
+        if isinstance(exc.__cause__, ForeignTensorError):
+            raise
         raise (_explained(given, exc.__cause__) or exc) from exc.__cause__
     if found.host_random:
         raise TorchCallError(
@@ -87,9 +70,9 @@ def specialize(
             "every call of a program of XLA's. Draw them with torch, or use engine='torch'."
         )
     found = replace(target.check(found, stateful=stateful), watched=False)
-    run = target.runner(fill, found, stateful=stateful)
+    run = target.runner(arguments.filler(), found, stateful=stateful)
     graph = _captured(run, traced, found, Carrier(torch_function, target.name, strict=options.strict))
-    return Computed(target.name, graph, found, options, len(operands))
+    return Computed(target.name, graph, found, options, len(traced.operands))
 
 
 _COMPOSED = frozenset({"attention", "recurrent", "linear cross entropy"})
@@ -97,7 +80,7 @@ _COMPOSED = frozenset({"attention", "recurrent", "linear cross entropy"})
 
 
 def _captured(run: Flat, traced: Traceable, found: Trace, carrier: Carrier) -> Graph:
-    with fake_mode() as mode, plain_kernels(_COMPOSED):
+    with without_transforms(), fake_mode() as mode, plain_kernels(_COMPOSED):
         try:
             return _capture(run, traced, found, mode, carrier)
         except TorchCallError:

@@ -176,3 +176,15 @@ assert time.perf_counter() - start < 2, "half a second, on a machine with nothin
 
 def test_the_tables_of_ops_are_loaded_when_they_are_needed():
     subprocess.run([sys.executable, "-c", _LAZY], check=True)
+
+
+def test_a_capture_within_torch_func():
+    """Of torch in JAX in torch: none of the transforms that run is in it."""
+
+    def function(x):
+        return torch.sin(x) * x.sum()
+
+    ours = torchleaf.jax_function(torchleaf.torch_function(function, engine="xla"))
+    xs = torch.linspace(-1, 1, 6).reshape(2, 3)
+    found, expected = (torch.func.vmap(torch.func.grad(lambda x, f=f: f(x).sum()))(xs) for f in (ours, function))
+    torch.testing.assert_close(found, expected)
