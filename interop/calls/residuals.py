@@ -94,27 +94,27 @@ class Shelf:
         self._discarded += 1
 
 
-_NOTHING = (None, None, None)
-
-
 def take_graph(handle: torch.Tensor | None) -> Kept | None:
     """Remove and return the graph of a handle, if it is still there."""
-    if handle is None or not is_kept(handle):
-        return None
-    return drop(number_of(handle), Shelf.take)
+    number = 0 if handle is None else number_of(handle)
+    return None if _of_these_examples(number) is None else drop(number, Shelf.take)
 
 
 def is_kept(handle: torch.Tensor) -> bool:
     """Whether a graph or tape of these examples waits for this handle."""
-    _, _, part = _graphs.get(number_of(handle), _NOTHING)
-    return part == _part_here() and number_of(handle) in _graphs
+    return _of_these_examples(number_of(handle)) is not None
+
+
+def _of_these_examples(number: int) -> Kept | None:
+    graph, _, part = _graphs.get(number, (None, None, None))
+    return graph if part == _part_here() else None
 
 
 def take_tape(handle: torch.Tensor, active: tuple[int, ...], outs: tuple[int, ...], batch: Batch | None) -> Tape | None:
     """Remove and return what the handle stands for, if it is a tape that gives these gradients."""
     number = number_of(handle)
-    tape, _, part = _graphs.get(number, _NOTHING)
-    if part != _part_here() or not isinstance(tape, Tape) or not tape.gives(active, outs, batch):
+    tape = _of_these_examples(number)
+    if not isinstance(tape, Tape) or not tape.gives(active, outs, batch):
         return None
     drop(number, Shelf.take)
     return tape
@@ -140,7 +140,7 @@ def drop_with(handle: jax.Array) -> None:
 
 def drop(number: int, how: Callable[[Shelf, int], None] = Shelf.remove) -> Kept | None:
     """Remove and return what a number stands for, if it is still there."""
-    graph, shelf, _ = _graphs.pop(number, _NOTHING)
+    graph, shelf, _ = _graphs.pop(number, (None, None, None))
     if shelf is not None:
         how(shelf, number)
     return graph

@@ -100,10 +100,6 @@ class KnownConstants(FakeTensorMode):
         address = storage_of(tensor)
         return self._real.get(address, address)
 
-    def is_known(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor has values that can be read."""
-        return self._is_known(tensor)
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         try:
@@ -111,9 +107,9 @@ class KnownConstants(FakeTensorMode):
                 return self._higher_order(func, types, args, kwargs)
             tensors = list(tensors_in(*args, *kwargs.values()))
             answer = self._answer() if self._answers and reads_values(func) else None
-            if answer is not None and not all(map(self._is_known, tensors)):
+            if answer is not None and not all(map(self.is_known, tensors)):
                 return answer
-            if all(map(self._is_known, tensors)) and self._is_computed(func, tensors, args, kwargs):
+            if all(map(self.is_known, tensors)) and self._is_computed(func, tensors, args, kwargs):
                 return self._compute(func, tensors, args, kwargs)
             if self._is_shaped_by_constants(func, args, kwargs):
                 return self._shape(func, args, kwargs)
@@ -129,7 +125,8 @@ class KnownConstants(FakeTensorMode):
 
     # --- constants ---
 
-    def _is_known(self, tensor: torch.Tensor) -> bool:
+    def is_known(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor has values that can be read."""
         return is_plain(tensor) and storage_of(tensor) not in self._unknown
 
     def _is_computed(self, func: Any, tensors: list[torch.Tensor], args: Any, kwargs: Any) -> bool:
@@ -246,13 +243,13 @@ class KnownConstants(FakeTensorMode):
         deciding = list(tensors_in(bound(func, args, kwargs)[_SHAPED_BY[func]]))
         if func is _aten.index.Tensor and all(x.dtype not in (torch.bool, torch.uint8) for x in deciding):
             return False
-        return all(map(self._is_known, deciding))
+        return all(map(self.is_known, deciding))
 
     def _shape(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The op on zeros in the place of what is unknown, and nothing but the shapes of what it gives."""
 
         def real(tensor: torch.Tensor) -> torch.Tensor:
-            if self._is_known(tensor):
+            if self.is_known(tensor):
                 return tensor
             return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 

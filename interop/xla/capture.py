@@ -100,18 +100,18 @@ class Capture(Mode):
             return func.decompose(*args, **kwargs)
 
     def _recorded(self, func: Any, args: Any, kwargs: Any, found: table.Op | None) -> Any:
-        into, places = targets(func, args, kwargs), out_names(func)
+        written, places = targets(func, args, kwargs), out_names(func)
         given = (args, {k: v for k, v in kwargs.items() if found is None or k not in places})
-        refs = self._with_refs(given) if into else None  # before values change
-        before = [(x, *self._whole(x)) for x in into if not self._is_unknown(x)]
-        olds = {} if torch.is_grad_enabled() else {id(x): self.memory.read(x) for x in into}
+        refs = self._with_refs(given) if written else None  # before values change
+        before = [(x, *self._whole(x)) for x in written if not self._is_unknown(x)]
+        olds = {} if torch.is_grad_enabled() else {id(x): self.memory.read(x) for x in written}
         result = func(*args, **kwargs)
         for target, whole, number in before:
             if not self._known.is_known(target):  # something unknown was written into a constant
                 self.memory.adopt(whole, number)
         outs = [result] if isinstance(result, torch.Tensor) else list(tensors_in(result))
-        into = [x for x in into if self._is_unknown(x)]
-        fresh = [x for x in outs if not any(x is target for target in targets(func, args, kwargs))]
+        into = [x for x in written if self._is_unknown(x)]
+        fresh = [x for x in outs if not any(x is target for target in written)]
         if not into and not any(map(self._is_unknown, fresh)):
             return result  # a constant, or nothing
         self._add_node(func, refs or self._with_refs(given), found, fresh, into, olds)
@@ -150,20 +150,10 @@ class Capture(Mode):
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
         if self._paused or not any(map(self._is_unknown, tensors)):
             return run(*args, **kwargs)
-        given_args, given_kwargs = self._with_refs((args, kwargs))
-        self._paused = True
-        try:
-            result = run(*args, **kwargs)
-        finally:
-            self._paused = False
-        outs = [result] if isinstance(result, torch.Tensor) else list(tensors_in(result))
-        values = [self._new_like(x) for x in outs]
+        outs, values, given, result = self._unseen(args, kwargs, run)
         name = f"torch.autograd.Function {function.__name__}"
-        carried = self._carry(Applied(function), given_args, given_kwargs, len(outs), self._values)
-        stops = not torch.is_grad_enabled()
-        self._nodes.append(Node(name, carried, given_args, given_kwargs, tuple(values), stops, is_carried=True))
-        for tensor, value in zip(outs, values, strict=True):
-            self.memory.add(tensor, value)
+        carried = self._carry(Applied(function), *given, len(outs), self._values)
+        self._add_unseen(Node(name, carried, *given, tuple(values), not torch.is_grad_enabled(), is_carried=True), outs)
         return result
 
     def whole(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
@@ -171,19 +161,28 @@ class Capture(Mode):
         found, tensors = table.find(name), list(tensors_in(*args, *kwargs.values()))
         if self._paused or found is None or any(x.requires_grad for x in tensors):
             return func(*args, **kwargs)
-        given_args, given_kwargs = self._with_refs((args, kwargs))
+        outs, values, given, result = self._unseen(args, kwargs, func)
+        function, stops = _wanting(found, [self._values[v].aval for v in values]), not torch.is_grad_enabled()
+        self._add_unseen(Node(name, function, *given, tuple(values), stops, draws=found.wants_key), outs)
+        return result
+
+    def _unseen(
+        self, args: Any, kwargs: Any, run: Callable[..., Any]
+    ) -> tuple[list[torch.Tensor], list[int], tuple[Any, Any], Any]:
+        """Run something whose ops become no nodes: the tensors of its result, their values, its arguments with refs."""
+        given = self._with_refs((args, kwargs))
         self._paused = True
         try:
-            result = func(*args, **kwargs)
+            result = run(*args, **kwargs)
         finally:
             self._paused = False
-        outs = list(tensors_in(result))
-        values = [self._new_like(x) for x in outs]
-        function, stops = _wanting(found, [self._values[v].aval for v in values]), not torch.is_grad_enabled()
-        self._nodes.append(Node(name, function, given_args, given_kwargs, tuple(values), stops, draws=found.wants_key))
-        for tensor, value in zip(outs, values, strict=True):
+        outs = [result] if isinstance(result, torch.Tensor) else list(tensors_in(result))
+        return outs, [self._new_like(x) for x in outs], given, result
+
+    def _add_unseen(self, node: Node, outs: list[torch.Tensor]) -> None:
+        self._nodes.append(node)
+        for tensor, value in zip(outs, node.outs, strict=True):
             self.memory.add(tensor, value)
-        return result
 
     # --- values ---
 

@@ -59,8 +59,8 @@ class JaxModule(nn.Module):
         for name in (*made, *kind.aliases):
             module, attribute = self._place(name)
             tensor = made[kind.aliases.get(name, name)]
-            tensors: dict[str, Any] = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
-            tensors[attribute] = tensor
+            home: dict[str, Any] = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
+            home[attribute] = tensor
             if name in made:
                 self._weights.append((name, module, attribute, name in kind.stateful))
         kind.forget()

@@ -34,8 +34,7 @@ class NNXKind(Kind):
         super().forget()
         self._params.arrays = self._others.arrays = {}
         params, streams, others = self._states
-        empty = lambda state: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)  # noqa: E731
-        self._states = empty(params), streams, empty(others)
+        self._states = _shapes(params), streams, _shapes(others)
 
     def call(
         self, arrays: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool, key: Any
@@ -63,6 +62,10 @@ class NNXKind(Kind):
 
     def model(self, arrays: Mapping[str, jax.Array]) -> Any:
         return self._merged(arrays, self._streams)
+
+
+def _shapes(state: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
 
 
 def _pure(state: Any) -> Any:
