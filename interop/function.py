@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import sys
 import types
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NoReturn, final
@@ -21,6 +20,7 @@ from .tracing.specialized import Specialized
 from .tracing.target import FunctionTarget, Target
 from .types import CallOptions, Engine, Residuals, VmapMethod
 from .values.device import device_here
+from .values.names import found_by_name
 from .xla.computed import Computed
 from .xla.specialize import specialize as specialize_for_xla
 
@@ -200,10 +200,7 @@ def _single_op(fn: Callable[..., Any], name: str) -> "TorchFunction":
 
 def _is_found(function: Any) -> bool:
     """Whether it is what its module has by its name."""
-    found: Any = sys.modules.get(str(getattr(function, "__module__", None)))
-    for name in getattr(function, "__qualname__", "").split("."):
-        found = getattr(found, name, None)
-    return found is function
+    return found_by_name(getattr(function, "__module__", None), getattr(function, "__qualname__", "")) is function
 
 
 def _name_of(fn: Callable[..., Any]) -> str:

@@ -13,6 +13,7 @@ import torch
 from .internals import opaque_to_compiler, run_by_compiler
 from .jax_calls.arguments import Arguments
 from .jax_calls.specialized import Specialized
+from .values.names import found_by_name
 
 
 def jax_function(fn: Any = None) -> Any:
@@ -113,8 +114,8 @@ class JaxFunction:
     def __reduce__(self) -> Any:
         """By its name where it is found by it, as functions are: what is behind a decorator cannot be."""
         module = getattr(self._fn, "__module__", None)
-        is_found = module in sys.modules and _found(module, self._name) is self
-        return (_found, (module, self._name)) if is_found else (JaxFunction, (self._fn,))
+        is_found = found_by_name(module, self._name) is self
+        return (_imported, (module, self._name)) if is_found else (JaxFunction, (self._fn,))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "JaxFunction":
         return self  # as functions are
@@ -130,12 +131,9 @@ class JaxFunction:
         return found
 
 
-def _found(module: str, qualname: str) -> Any:
-    """What a module has by a name."""
-    found: Any = sys.modules[module] if module in sys.modules else importlib.import_module(module)
-    for name in qualname.split("."):
-        found = getattr(found, name, None)
-    return found
+def _imported(module: str, qualname: str) -> Any:
+    importlib.import_module(module)
+    return found_by_name(module, qualname)
 
 
 def _place_of_key(fn: Callable[..., Any]) -> int | None:

@@ -130,3 +130,9 @@ def test_every_folder_is_installed():
     listed = tomllib.loads(source.read_text())["tool"]["setuptools"]["packages"]
     folders = {path.parent.relative_to(PACKAGE).as_posix().replace("/", ".") for path in SOURCES}
     assert {*listed} == {"torchleaf", *(f"torchleaf.{folder}" for folder in folders)}
+
+
+def test_the_core_of_the_tests_is_there():
+    """What runs on the newest releases, by the names of its files."""
+    root = Path(__file__).parents[1]
+    assert [name for name in (root / ".ci" / "core-tests").read_text().split() if not (root / name).is_file()] == []

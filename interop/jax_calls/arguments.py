@@ -1,6 +1,5 @@
 """The arguments of a JAX function that torch calls: which leaves are operands, and what each is called in errors."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +10,10 @@ import torch
 from jax.core import Tracer
 
 from ..values import dtypes
-from ..values.arrays import array_to_torch
+from ..values.arrays import array_to_torch, check_dense
+from ..values.names import argument_names, signature_of
 from ..values.statics import static_key
-from ..values.trees import flatten_registering, leaf_names
+from ..values.trees import flatten_registering
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -74,10 +74,7 @@ class Arguments:
 
     def leaf_name(self, index: int) -> str:
         """A leaf as the user wrote it: `x`, `targets['label']`."""
-        args, kwargs = self._given
-        arguments = [(_positional(self._fn, i), value) for i, value in enumerate(args)]
-        arguments += [(name, kwargs[name]) for name in sorted(kwargs)]
-        return [argument + path for argument, value in arguments for path in leaf_names(value)][index]
+        return argument_names(signature_of(self._fn), *self._given)[index]
 
     def check(self) -> None:
         """`TypeError` or `ValueError` for a tensor that JAX has no array for, by its name."""
@@ -93,16 +90,7 @@ class Arguments:
 
     def _check(self, index: int, tensor: torch.Tensor) -> None:
         name = f"{self._name}: {self.leaf_name(index)}"
-        if tensor.device.type == "meta":
-            raise TypeError(
-                f"{name} is a meta tensor of shape {tuple(tensor.shape)}: it has no data. Materialise it first, e.g. "
-                "with `torch.empty_like(x, device='cpu')` or `module.to_empty(device='cpu')`."
-            )
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
-            raise TypeError(
-                f"{name} is of layout {tensor.layout} and dtype {tensor.dtype}; JAX needs one dense array. Convert it "
-                "first, with `.to_dense()`, `.dequantize()` or `.to_padded_tensor(0.)`."
-            )
+        check_dense(tensor, name, may_be_fake=True)  # to the compiler all are
         try:
             dtype = dtypes.to_jax_dtype(tensor.dtype)
         except TypeError as exc:
@@ -113,16 +101,3 @@ class Arguments:
                 f"`jax.config.update('jax_enable_x64', True)`, or convert it with "
                 f"`.to({dtypes.to_torch_dtype(dtypes.canonical(tensor.dtype))})`."
             )
-
-
-def _positional(fn: Callable[..., Any], index: int) -> str:
-    try:
-        parameters = list(inspect.signature(fn).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    for i, parameter in enumerate(parameters):
-        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            return f"{parameter.name}[{index - i}]"
-        if i == index:
-            return parameter.name
-    return f"args[{index}]"

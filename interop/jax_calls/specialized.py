@@ -9,7 +9,8 @@ import torch
 from jax.interpreters import partial_eval
 
 from ..values import dtypes
-from ..values.trees import flatten_registering, leaf_names
+from ..values.names import leaf_names
+from ..values.trees import flatten_registering
 from .arguments import Arguments
 from .bind import bind
 from .call import JaxCall, aval_of

@@ -9,7 +9,8 @@ import torch
 from ..errors import TorchCallError
 from ..types import Aval
 from ..values import dtypes
-from ..values.trees import flatten_registering, leaf_names
+from ..values.names import leaf_names
+from ..values.trees import flatten_registering
 
 _STATIC = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 

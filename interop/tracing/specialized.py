@@ -15,9 +15,10 @@ from ..modes.kernels import HIGHER_ORDER, UNRECORDED, quiet_compiler
 from ..types import Aval, CallOptions, Tensors
 from ..values import dtypes
 from ..values.memory import storage_of
+from ..values.names import leaf_names
 from ..values.narrow import narrowed
 from ..values.statics import static_key
-from ..values.trees import flatten_registering, leaf_names
+from ..values.trees import flatten_registering
 from .trace import Trace
 from .traceable import Flat, Traceable
 

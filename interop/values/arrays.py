@@ -102,17 +102,7 @@ def leaves_to_jax(tensors: Mapping[str, torch.Tensor], *, copy: bool = False) ->
 
 def _as_jax_has_it(tensor: torch.Tensor, *, copy: bool, name: str) -> torch.Tensor:
     """The tensor in a dtype and layout that JAX can view."""
-    if isinstance(tensor, FakeTensor) or tensor.device.type == "meta":
-        raise TypeError(
-            f"to_jax: {name} is a {'meta' if tensor.device.type == 'meta' else 'fake'} tensor of "
-            f"shape {tuple(tensor.shape)}: it has no data. Materialise it first, e.g. with `module.to_empty(...)`."
-        )
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
-        kind = f"{'nested ' if tensor.is_nested else ''}of layout {tensor.layout} and dtype {tensor.dtype}"
-        raise TypeError(
-            f"to_jax: {name} is {kind}; JAX needs one dense array. Convert it first, with `.to_dense()`, "
-            "`.dequantize()` or `.to_padded_tensor(0.)`."
-        )
+    check_dense(tensor, f"to_jax: {name}", may_be_fake=False)
     wanted = dtypes.canonical(tensor.dtype)
     # torch warns when `detach` meets a subclass that forbids it; views keep pointer and strides.
     tensor = tensor.detach().resolve_conj().resolve_neg()
@@ -123,6 +113,22 @@ def _as_jax_has_it(tensor: torch.Tensor, *, copy: bool, name: str) -> torch.Tens
     if copy or not _is_dense(tensor) or (tensor.is_cuda and tensor.data_ptr() % _GPU_ALIGNMENT):
         tensor = tensor.clone(memory_format=torch.contiguous_format)
     return tensor
+
+
+def check_dense(tensor: torch.Tensor, name: str, *, may_be_fake: bool) -> None:
+    """`TypeError` for a tensor without memory, or one whose memory is no dense array."""
+    is_meta = tensor.device.type == "meta"
+    if is_meta or (isinstance(tensor, FakeTensor) and not may_be_fake):
+        raise TypeError(
+            f"{name} is a {'meta' if is_meta else 'fake'} tensor of shape {tuple(tensor.shape)}: it has no data. "
+            "Materialise it first, e.g. with `torch.empty_like(x, device='cpu')` or `module.to_empty(device='cpu')`."
+        )
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        kind = f"{'nested ' if tensor.is_nested else ''}of layout {tensor.layout} and dtype {tensor.dtype}"
+        raise TypeError(
+            f"{name} is {kind}; JAX needs one dense array. Convert it first, with `.to_dense()`, "
+            "`.dequantize()` or `.to_padded_tensor(0.)`."
+        )
 
 
 def _as_numpy(tensor: torch.Tensor) -> np.ndarray:

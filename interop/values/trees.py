@@ -43,11 +43,6 @@ def _flatten(tree: Any, every_record: bool, within: tuple[int, ...]) -> tuple[li
             _register(cls)
 
 
-def leaf_names(tree: Any) -> list[str]:
-    """Names for the leaves of `tree`, as a user would write them: `[0]['weight']`."""
-    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
-
-
 class _Context:
     """torch's pytree context made hashable, as JAX requires of static data.
 

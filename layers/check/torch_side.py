@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...interop.calls.reverse import refuse_dead_ends
 from ...interop.values.dtypes import is_inexact_tensor
-from ...interop.values.trees import leaf_names
+from ...interop.values.names import leaf_names
 from .numbers import to_numpy, weights_of
 from .subject import Subject, map_tensors, tensors_of
 

@@ -5,6 +5,8 @@ import pickle
 import sys
 from typing import Any
 
+from ...interop.values.names import found_by_name
+
 
 def dumps(thing: Any) -> bytes:
     """`pickle.dumps`, with what modules hold under another name than its own, or within a wrapper of that name."""
@@ -28,7 +30,7 @@ class _Pickler(pickle.Pickler):
         module, qualname = getattr(obj, "__module__", None), getattr(obj, "__qualname__", None)
         if not (isinstance(module, str) and isinstance(qualname, str)):
             return NotImplemented
-        found, depth = _found(module, qualname), 0
+        found, depth = found_by_name(module, qualname), 0
         while found is not None and found is not obj:
             found, depth = getattr(found, "__wrapped__", None), depth + 1
         if found is None:
@@ -45,14 +47,7 @@ def _by_place(obj: Any, module: str) -> Any:
 
 def _unwrapped(module: str, qualname: str, depth: int) -> Any:
     __import__(module)
-    found = _found(module, qualname)
+    found = found_by_name(module, qualname)
     for _ in range(depth):
         found = found.__wrapped__
-    return found
-
-
-def _found(module: str, qualname: str) -> Any:
-    found: Any = sys.modules.get(module)
-    for name in qualname.split("."):
-        found = getattr(found, name, None)
     return found

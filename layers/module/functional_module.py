@@ -17,10 +17,10 @@ import torch
 from ...interop.errors import StateError
 from ...interop.function import TorchFunction
 from ...interop.modes.random import PASS_A_KEY
-from ...interop.tracing.signature import signature_of
 from ...interop.types import CallOptions
 from ...interop.values.arrays import leaves_to_jax
 from ...interop.values.memory import storage_of
+from ...interop.values.names import signature_of
 from .admission import check_module, computes_in_double
 from .copying import Copier
 from .fingerprint import fingerprint
