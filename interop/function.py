@@ -10,8 +10,8 @@ import jax
 import torch
 
 from .calls.call import TorchCall
-from .modes.ambient import autocast_here
-from .modes.random import LateKey, key_operand
+from .modes.autocast import autocast_here
+from .modes.random import DeferredKey, key_operand
 from .primitive import bind
 from .tracing.arguments import Arguments
 from .tracing.signature import Signature
@@ -128,6 +128,11 @@ class TorchFunction:
             if isinstance(specialized, Specialized):
                 yield from specialized.call.family()
 
+    def carried(self) -> tuple[str, ...]:
+        """The ops that torch computes in programs of the other engine."""
+        graphs = [made.graph for made in self._specialized.values() if isinstance(made, Computed)]
+        return tuple(dict.fromkeys(name for graph in graphs for name in graph.carried()))
+
     def _forget(self) -> None:
         """Be as one that was never called."""
         self.signature = Signature(self.target.callable, self.name)
@@ -161,7 +166,7 @@ class TorchFunction:
 
         With `stateful` the caller keeps those values; otherwise a call that changes state is refused.
         """
-        like = key.like if isinstance(key, LateKey) else key
+        like = key.like if isinstance(key, DeferredKey) else key
         key_type = None if key is None else (getattr(like, "dtype", None), getattr(like, "shape", None))
         x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
         device = device_here(arguments.operands)
@@ -171,7 +176,7 @@ class TorchFunction:
             specialized = self._specialized[signature] = self._made_for(arguments, like, device, stateful=stateful)
         operands = arguments.operands
         if specialized.found.random:
-            made = key.make() if isinstance(key, LateKey) else key
+            made = key.make() if isinstance(key, DeferredKey) else key
             operands = [*operands, key_operand(made, self.name)]
         is_computed = isinstance(specialized, Computed)
         results = specialized.program(*operands) if is_computed else bind(specialized.call, *operands)

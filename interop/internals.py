@@ -238,7 +238,7 @@ VMAP_FALLBACK: tuple[Callable[[], bool], Callable[[bool], None]] = (
     _functorch._is_vmap_fallback_enabled,
     _functorch._set_vmap_fallback_enabled,
 )
-"""Whether `torch.func.vmap` loops over ops without a rule, with a warning each; trial runs want an error."""
+"""Whether `torch.func.vmap` loops over ops without a rule, with a warning each; fake runs want an error."""
 
 FORWARD_GRAD: tuple[Callable[[], bool], Callable[[bool], None]] = (_C._is_fwd_grad_enabled, _C._set_fwd_grad_enabled)
 """Whether this thread's ops carry tangents; `torch.no_grad` alone does not stop them."""

@@ -225,9 +225,9 @@ def _batch(operands: Sequence[Any], dims: Sequence[Any], *, call: TorchCall) -> 
     if live is not None:
         outs = bind(live, *operands)
         return outs, [None if aval is HANDLE else 0 for aval in call.out_avals]
-    plain = call.graphless()
-    if plain is not None:
-        inner, kept = plain
+    graphless = call.graphless()
+    if graphless is not None:
+        inner, kept = graphless
         outs, out_dims = _batch(take(operands, kept), take(in_dims, kept), call=inner)
         handles = [jnp.zeros(aval.shape, aval.dtype) for aval in call.out_avals[len(outs) :]]
         return [*outs, *handles], [*out_dims, *(None for _ in handles)]
@@ -247,7 +247,7 @@ def _dce(used_outputs: list[bool], eqn: Any) -> tuple[list[bool], Any]:
     used = tuple(i for i, u in enumerate(used_outputs) if u)
     if not used:
         return [False] * len(eqn.invars), None
-    selected = eqn.params["call"].select(used) if len(used) < len(used_outputs) else None
+    selected = eqn.params["call"].dce(used) if len(used) < len(used_outputs) else None
     if selected is None:
         return [True] * len(eqn.invars), eqn
     call, operands = selected
@@ -283,9 +283,9 @@ def _remat(saveable: Any, unknown: Sequence[bool], recomputed: Sequence[bool], e
     n = len(eqn.outvars)
     residuals = [x for x, again in zip(eqn.invars, recomputed, strict=True) if isinstance(x, Var) and not again]
     if any(unknown):
-        plain = eqn.params["call"].graphless()
-        if plain is not None:
-            call, kept = plain
+        graphless = eqn.params["call"].graphless()
+        if graphless is not None:
+            call, kept = graphless
             if all(again for i, again in enumerate(recomputed) if i not in kept):
                 eqn = eqn.replace(invars=[eqn.invars[i] for i in kept], params={"call": call})
         return None, eqn, [True] * n, [True] * n, residuals

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.core import Tracer
 
 from ..interop.errors import StateError
-from ..interop.modes.random import LateKey
+from ..interop.modes.random import DeferredKey
 from ..interop.types import CallOptions, Engine, Residuals, VmapMethod
 from .flax_collections import Collection, nest, stop_gradient
 from .linen_captured import Captured, Tree
@@ -178,11 +178,11 @@ class TorchModule(nn.Module):
         return self.scope
 
     @nn.nowrap
-    def _key(self) -> LateKey | None:
+    def _key(self) -> DeferredKey | None:
         """The next key of the stream, made if it is needed; as everywhere in Linen, `params` stands in for it."""
         streams = dict[str, Any](self._bound().rngs)
         stream = streams.get(self.rng_collection, streams.get("params"))
-        return None if stream is None else LateKey(stream.rng, lambda: self.make_rng(self.rng_collection))
+        return None if stream is None else DeferredKey(stream.rng, lambda: self.make_rng(self.rng_collection))
 
     @nn.nowrap
     def _stored(self, name: str) -> Any:

@@ -9,8 +9,8 @@ import torch
 
 from ..interop.types import CallOptions
 from .flax_collections import Collection, collections
+from .module.cache import cached
 from .module.functional_module import FunctionalModule
-from .module.taken_apart import taken_apart
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Captured:
     def of(cls, source: torch.nn.Module, options: CallOptions, channels_last: bool, rng_collection: str) -> "Captured":
         """The same for a module that was wrapped before with these options and has not changed since."""
         key = (options.key, channels_last, rng_collection)
-        module = taken_apart(source, (cls, key), lambda: _take_apart(source, options, channels_last, rng_collection))
+        module = cached(source, (cls, key), lambda: _take_apart(source, options, channels_last, rng_collection))
         return cls(source, key, module, collections(module))
 
     def by_collection(self) -> dict[Collection, dict[str, None]]:

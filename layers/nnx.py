@@ -10,12 +10,12 @@ from flax import nnx
 from jaxtyping import Array
 
 from ..interop.errors import TorchCallError
-from ..interop.modes.random import LateKey
+from ..interop.modes.random import DeferredKey
 from ..interop.types import CallOptions, Engine, Residuals, VmapMethod
 from .flax_collections import collections, stop_gradient
+from .module.cache import cached
 from .module.functional_module import FunctionalModule
 from .module.skeleton import named_tensors
-from .module.taken_apart import taken_apart
 from .module.weights import Held, held
 
 _KEY_REMEDY = (
@@ -130,7 +130,7 @@ class TorchModule(Submodule):
         """
         options = CallOptions(vmap_method, residuals, forward_mode, replay, out_shape, engine=engine, strict=strict)
         own: dict[str, Any] = {"remedy": "", "key_remedy": _KEY_REMEDY, "channels_last": channels_last}
-        self._torch = taken_apart(
+        self._torch = cached(
             module,
             ("nnx", options.key, channels_last),
             lambda: _Torch(FunctionalModule(module, options=options, **own)),
@@ -273,7 +273,7 @@ def _key(rngs: Any) -> Any:
     if isinstance(rngs, jax.Array):
         return rngs
     stream = _stream(rngs)
-    return None if stream is None else LateKey(stream.key[...], stream)
+    return None if stream is None else DeferredKey(stream.key[...], stream)
 
 
 def _weight(name: str, variable: nnx.Variable, shape: tuple[int, ...]) -> Array:

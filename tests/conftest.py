@@ -20,25 +20,34 @@ type_checks.getrandbits = random.Random(0).getrandbits
 torch.set_num_threads(1)  # the suite's processes share the cores; teams of spinning threads would slow all of them
 
 
-MOST_CASES = 5
+MOST_CASES = 3
 """How many cases of one test a run takes, of the hundreds that some have; `--whole` takes all."""
 
 
 def pytest_addoption(parser):
-    parser.addoption("--whole", action="store_true", help=f"all cases of each test, not {MOST_CASES} at most")
+    parser.addoption(
+        "--whole", action="store_true", help=f"all cases, not {MOST_CASES} of each test, and the long ones"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
     _mark_gpu_tests(items)
-    asked_for = config.option.keyword or any("::" in arg for arg in config.args)
-    if not (config.option.whole or asked_for):
-        left_out = set(_left_out(items))
-        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
-        items[:] = [item for item in items if item not in left_out]
+    left_out = set(_left_out(config.option, config.args, items))
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
 
 
-def _left_out(items):
-    """The cases of large tests that a run does without: always the same ones, of all frameworks, ops and layers."""
+def _left_out(option, args, items):
+    """What a run does without that does not ask for it: by `--whole`, by name, long tests by their marker or file."""
+    if option.whole or option.keyword or any("::" in arg for arg in args):
+        return
+    if "long" not in option.markexpr and not any(arg.endswith(".py") for arg in args):
+        yield from (item for item in items if "long" in item.keywords)
+    yield from _further_cases(items)
+
+
+def _further_cases(items):
+    """The cases of large tests beyond the first few: always the same ones, of all frameworks, ops and layers."""
     tests = collections.defaultdict(list)
     for item in items:
         if "slow" not in item.keywords and "all_cases" not in item.keywords:

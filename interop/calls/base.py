@@ -23,12 +23,12 @@ class Facts:
 
     state: tuple[tuple[int, int], ...]
     """Operands that it changes, each with the output that is its new value."""
-    operations: float
+    flops: float
     """How many floating-point operations it takes, about."""
     device: torch.device
     """Where it is likely to run."""
     fakeable: bool
-    """Whether it can run on fake tensors, as trials do."""
+    """Whether it can run on fake tensors, as fake runs do."""
     pure: bool
     """Whether it is known to do nothing but ops."""
     reads: tuple[Any, ...] | None
@@ -79,7 +79,7 @@ class Base(Computation):
         super().__init__()
         self.base = self
         self.function, self.name, self.facts, self.options = function, name, facts, options
-        self.state, self.operations = facts.state, facts.operations
+        self.state, self.flops = facts.state, facts.flops
         self.in_avals, self.out_avals = tuple(x.aval for x in operands), tuple(out_avals)
         self.in_axes, self.out_axes = ({},) * len(operands), ({},) * len(out_avals)
         self.buffers = tuple(i for i, x in enumerate(operands) if x.is_state)

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 
 from ..errors import StateError, TorchCallError
-from ..modes.trial import trial_run
+from ..modes.fake_run import fake_run
 from ..types import Aval, Tensors, VmapMethod
 from ..values import dtypes
 from . import scope
@@ -52,7 +52,7 @@ class Vmap(Level):
         self.base, self.depth, self.state = inner.base, inner.depth + 1, inner.state
         self.linear_operands, self.directions = inner.linear_operands, inner.directions
         self._shared = frozenset(out for _, out in inner.state if out_dims[out] is None)
-        self.differentiated, self.operations = inner.differentiated, size * inner.operations
+        self.differentiated, self.flops = inner.differentiated, size * inner.flops
         self.in_avals = tuple(_batched_aval(a, d, size) for a, d in zip(inner.in_avals, in_dims, strict=True))
         self.out_avals = tuple(_batched_aval(a, d, size) for a, d in zip(inner.out_avals, out_dims, strict=True))
         self.transform = "vmap" if self._way is _by_examples and method != "loop" else None
@@ -89,8 +89,8 @@ class Vmap(Level):
         in_dims = take(self.in_dims, residuals) + take(self.out_dims, outs)
         return self._like(transposed, in_dims, take(self.in_dims, linear)), residuals
 
-    def select(self, used: tuple[int, ...]) -> tuple[TorchCall, tuple[int, ...]] | None:
-        selected = self.inner.select(used)
+    def dce(self, used: tuple[int, ...]) -> tuple[TorchCall, tuple[int, ...]] | None:
+        selected = self.inner.dce(used)
         if selected is None:
             return None
         call, operands = selected
@@ -167,7 +167,7 @@ def _find_batch_axes(call: Vmap) -> tuple[int, ...]:
     def note_shapes(*tensors: torch.Tensor) -> None:
         shapes.extend(tuple(y.shape) for y in call.base.run(*tensors))
 
-    if trial_run(note_shapes, in_avals, call.base.facts.device) is not None:
+    if fake_run(note_shapes, in_avals, call.base.facts.device) is not None:
         return (0,) * len(avals)
     axes = tuple(shape.index(size) if size in shape else 0 for shape in shapes)
     for i, (shape, axis) in enumerate(zip(shapes, axes, strict=True)):

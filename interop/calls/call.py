@@ -52,7 +52,7 @@ class TorchCall(ABC):
     makes_handle: bool = False
     """Whether the last output is one."""
 
-    operations: float
+    flops: float
     """How many floating-point operations the call takes, about."""
 
     def __init__(self) -> None:
@@ -105,19 +105,26 @@ class TorchCall(ABC):
             "Use jax.vjp, which gives the transpose of its derivative."
         )
 
-    def select(self, used: tuple[int, ...]) -> "tuple[TorchCall, tuple[int, ...]] | None":
+    def dce(self, used: tuple[int, ...]) -> "tuple[TorchCall, tuple[int, ...]] | None":
         """A cheaper call and the operands it needs; None if there is none.
 
         It gives the `used` outputs, or else the first few that hold all of them.
         """
         return None
 
-    def graphless(self) -> "tuple[TorchCall, tuple[int, ...]] | None":
+    def graphless(self) -> "tuple[Computation, tuple[int, ...]] | None":
         """For a call that keeps or uses a live autograd graph: the one that does not, and the operands it needs."""
         return None
 
     def __repr__(self) -> str:
         return self.name
+
+
+def graphless(call: TorchCall) -> "tuple[Computation, tuple[int, ...]]":
+    """`TorchCall.graphless` of a call that keeps or uses a graph."""
+    found = call.graphless()
+    assert found is not None
+    return found
 
 
 class Computation(TorchCall):
@@ -159,7 +166,7 @@ class Computation(TorchCall):
         return call, tuple(map(_ends, tensors, self.in_axes))
 
     def explore(self) -> None:
-        """Find out by trial runs what running this level needs to know; they cannot nest."""
+        """Find out by fake runs what running this level needs to know; they cannot nest."""
 
     def tell_of_loop(self, because: str) -> None:
         """Of a batch: say that it runs as a loop, or refuse to."""

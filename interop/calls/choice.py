@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import TorchCallError, quote
-from ..modes.trial import trial_run
+from ..modes.fake_run import fake_run
 from ..wording import says_no_real_zeros
 from .plan import CERTAIN, Plan, candidates, needs_audit
 from .proof import disagreement
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Choice:
-    """Which plan a call has: found by trials before its first run, and proven at it."""
+    """Which plan a call has: found by fake runs before its first run, and proven at it."""
 
     def __init__(self) -> None:
         self.plan = CERTAIN
@@ -60,11 +60,11 @@ class Choice:
                 self._advance(call)
 
     def _advance(self, call: "Computation") -> None:
-        """Take the next plan that passes a trial."""
+        """Take the next plan that passes a fake run."""
         assert self._rest
         while (plan := self._rest.pop(0)).core:
             small = call.fewer_examples()
-            failure = trial_run(functools.partial(small.compute, plan), small.in_avals, call.base.facts.device)
+            failure = fake_run(functools.partial(small.compute, plan), small.in_avals, call.base.facts.device)
             if failure is None:
                 break
             self._give_up(plan, quote(failure))

@@ -14,7 +14,7 @@ from ..errors import TorchCallError
 from ..modes.dispatch import Mode
 from ..types import Tensors
 from . import reverse
-from .call import Computation, Level, Linearized, TorchCall, take
+from .call import Computation, Level, Linearized, TorchCall, graphless, take
 from .differences import central_difference
 from .execution import Execution
 from .handles import HANDLE
@@ -28,9 +28,9 @@ _NO_CHANGE = contextlib.nullcontext()
 
 def linearize(call: TorchCall, active: tuple[int, ...]) -> Linearized:
     """The tangent map of `call` with respect to `active`: see `TorchCall.linearize`."""
-    plain = call.graphless()
-    if plain is not None and call.linearize(active) is None:
-        inner, operands = plain
+    recomputing = call.graphless()
+    if recomputing is not None and call.linearize(active) is None:
+        inner, operands = recomputing
         position = {operand: i for i, operand in enumerate(operands)}
         tangent_call, kept, outs = linearize(inner, tuple(position[i] for i in active))
         return tangent_call, take(operands, kept), outs
@@ -53,7 +53,7 @@ class _Derivative(Level):
         self.inner, self.active, self.outs, self.live = inner, active, outs, live
         self.name = f"{self.transform}({inner.name})"
         self.base, self.depth, self.differentiated = inner.base, inner.depth + 1, True
-        self.operations = 3 * inner.operations
+        self.flops = 3 * inner.flops
         self.n_inner = len(inner.in_avals)
         self.n_primals = self.n_inner + live
         self.handle_operand = self.n_inner if live else None
@@ -94,8 +94,8 @@ class _Derivative(Level):
     def sampled(self, tensors: Tensors) -> tuple[Computation, Tensors]:
         if not self.live:
             return super().sampled(tensors)
-        plain, operands = self.recomputing()
-        return plain.sampled(take(tensors, operands))
+        recomputing, operands = graphless(self)
+        return recomputing.sampled(take(tensors, operands))
 
     def explore(self) -> None:
         self.writes()
@@ -105,7 +105,7 @@ class _Derivative(Level):
         return self.inner.recordable and not self.writes()
 
     def writes(self) -> bool:
-        """Whether a backward pass may write into operands, by a trial run."""
+        """Whether a backward pass may write into operands, by a fake run."""
         return self.base.derive(hidden_writes)
 
     def linearize(self, active: tuple[int, ...]) -> Linearized | None:
@@ -115,15 +115,13 @@ class _Derivative(Level):
         restricted = self._restrict(tuple(i - self.n_primals for i in active), every)
         return restricted, tuple(range(self.n_primals)), every
 
-    def select(self, used: tuple[int, ...]) -> tuple[TorchCall, tuple[int, ...]]:
+    def dce(self, used: tuple[int, ...]) -> tuple[TorchCall, tuple[int, ...]]:
         every = tuple(range(len(self.in_avals)))
         return self._restrict(tuple(range(len(every) - self.n_primals)), used), every
 
-    def graphless(self) -> tuple[TorchCall, tuple[int, ...]] | None:
-        return self.recomputing() if self.live else None
-
-    def recomputing(self) -> tuple[Computation, tuple[int, ...]]:
-        """For a live one: the call that does without the graph, and the operands it needs."""
+    def graphless(self) -> tuple[Computation, tuple[int, ...]] | None:
+        if not self.live:
+            return None
         operands = tuple(i for i in range(len(self.in_avals)) if i != self.n_inner)
         return self.inner.derive(type(self), self.active, self.outs, False), operands
 

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 
 from ..errors import quote
-from ..modes import ambient
+from ..modes.autocast import neutral
 from ..modes.kernels import FUSED, NONE, chosen, lacking_derivatives, refuse_scripted
 from ..replay.repeated import LARGE, LARGE_ON_GPU, Repeated
 from ..types import Tensors
@@ -68,7 +68,7 @@ class Execution(ABC):
     def is_repeatable(self) -> bool:
         """Whether the call may be recorded."""
         large = LARGE_ON_GPU if self.call.base.facts.device.type == "cuda" else LARGE
-        return self.call.operations <= large and self.recordable
+        return self.call.flops <= large and self.recordable
 
     def repeated_on(self, device: torch.device) -> Repeated | None:
         """Recordings of the call on a device, if it may be recorded."""
@@ -168,7 +168,7 @@ def execute(call: TorchCall, *tensors: torch.Tensor, repeats: bool) -> Tensors:
     execution, kernels = call.execution, call.base.facts.fused_kernels
     run = execution.repeat if repeats else execution.execute
     lends = scope.opened() if call.base.reenters and call is not call.base else _NO_SCOPE
-    with ambient.neutral(), torch.no_grad(), lends:
+    with neutral(), torch.no_grad(), lends:
         if not kernels:
             return run(*tensors)
         try:

@@ -14,8 +14,8 @@ from ..errors import ForeignTensorError, RandomnessError, TorchCallError
 from ..internals import FakeTensor
 from ..modes.aten import bound, tensors_in, written
 from ..modes.dispatch import Mode
+from ..modes.fake_run import fake_run
 from ..modes.random import draws
-from ..modes.trial import trial_run
 from ..types import Tensors
 from ..values.dtypes import is_inexact
 from ..values.memory import has_storage, storage_of
@@ -79,7 +79,7 @@ def _fake_backward_pass(call: Base) -> "tuple[_Watch, Exception | None]":
         with watch.over(tensors), scope.opened() if call.reenters else contextlib.nullcontext():
             reverse.pullback(function, take(tensors, active), tensors[n:])
 
-    return watch, trial_run(differentiate, (*call.in_avals, *cotangents), call.facts.device, call.facts.reads or ())
+    return watch, fake_run(differentiate, (*call.in_avals, *cotangents), call.facts.device, call.facts.reads or ())
 
 
 class _Watch(Mode):

@@ -6,6 +6,7 @@ import torch
 
 from ..types import Tensors
 from . import residuals, reverse
+from .call import graphless
 from .choice import Choice
 from .execution import Planned, planned
 from .graph import Graph
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def _choice_of(call: "Jvp | Vjp") -> Choice | None:
     """With a graph or without, a derivative has one plan."""
-    return planned(call.recomputing()[0]).choice if call.live else None
+    return planned(graphless(call)[0]).choice if call.live else None
 
 
 class JvpExecution(Planned):

@@ -8,7 +8,7 @@ from ..replay.repeated import SMALL
 from ..types import Tensors
 from . import residuals
 from .batching import vmap
-from .call import Computation, TorchCall, take
+from .call import Computation, TorchCall, graphless, take
 from .derivative import Vjp
 from .execution import Execution, planned
 from .graph import Graph
@@ -26,14 +26,14 @@ class PerExampleVjp(TorchCall):
     def __init__(self, vjp: Vjp, in_dims: tuple[int | None, ...], size: int):
         super().__init__()
         self.vjp, self._in_dims, self._size, self.handle_operand = vjp, in_dims, size, vjp.handle_operand
-        inner, self.kept = vjp.recomputing()
-        self.plain = vmap(inner, take(in_dims, self.kept), size)
+        inner, self.kept = graphless(vjp)
+        self._graphless = vmap(inner, take(in_dims, self.kept), size)
         self.batch = (in_dims[: vjp.n_inner], size)
         self.out_dims = tuple(d or 0 for d in take(in_dims, vjp.active))
-        self.base, self.differentiated, self.operations = vjp.base, True, self.plain.operations
+        self.base, self.differentiated, self.flops = vjp.base, True, self._graphless.flops
         self.name = f"vmap({vjp.name})"
-        self.out_avals = self.plain.out_avals
-        avals = dict(zip(self.kept, self.plain.in_avals, strict=True))
+        self.out_avals = self._graphless.out_avals
+        avals = dict(zip(self.kept, self._graphless.in_avals, strict=True))
         self.in_avals = tuple(avals.get(i, HANDLE) for i in range(len(vjp.in_avals)))
 
     def _execution(self) -> Execution:
@@ -45,12 +45,12 @@ class PerExampleVjp(TorchCall):
         for ct, d in zip(tensors[n_primals:], self._in_dims[n_primals:], strict=True):
             yield ct.expand(self._size, *ct.shape) if d is None else ct.movedim(d, 0)
 
-    def select(self, used: tuple[int, ...]) -> tuple[TorchCall, tuple[int, ...]] | None:
-        smaller, operands = self.vjp.select(used)
+    def dce(self, used: tuple[int, ...]) -> tuple[TorchCall, tuple[int, ...]] | None:
+        smaller, operands = self.vjp.dce(used)
         return smaller.derive(PerExampleVjp, self._in_dims, self._size), operands
 
     def graphless(self) -> tuple[Computation, tuple[int, ...]]:
-        return self.plain, self.kept
+        return self._graphless, self.kept
 
     def part(self, of: Callable[[TorchCall], TorchCall], shards: int) -> TorchCall:
         """The same on one of `shards` parts of its batch, `of` giving the part of the call that it is built on."""
@@ -62,14 +62,14 @@ class PerExampleExecution(Execution):
 
     def __init__(self, call: PerExampleVjp):
         super().__init__(call)
-        self._of, self._plain = call, planned(call.plain)
+        self._of, self._graphless = call, planned(graphless(call)[0])
 
     @property
     def plain_kernels(self) -> frozenset[str]:
-        return self._plain.plain_kernels
+        return self._graphless.plain_kernels
 
     def prepare(self) -> None:
-        self._plain.prepare()
+        self._graphless.prepare()
 
     @property
     def recordable(self) -> bool:
@@ -79,7 +79,7 @@ class PerExampleExecution(Execution):
         call, vjp = self._of, self._of.vjp
         graph = residuals.take_graph(tensors[vjp.n_inner])
         if not isinstance(graph, Graph) or not graph.gives(vjp.active, call.batch):
-            return self._plain.execute(*take(tensors, call.kept))
+            return self._graphless.execute(*take(tensors, call.kept))
         grads = pullback(vjp, graph, (*tensors[: vjp.n_inner + 1], *call.batched(tensors)))
         return tuple(g.movedim(d, 0) for g, d in zip(grads, call.out_dims, strict=True))
 
@@ -104,7 +104,7 @@ def over_batch(call: TorchCall, in_dims: tuple[int | None, ...], size: int) -> T
     """
     if isinstance(call, Save) and call.batch is None and call.base.options.vmap_method != "batched":
         live = call.inner.derive(Save, call.active, (in_dims, size))
-        return None if live.operations <= SMALL and live.execution.is_repeatable else live
+        return None if live.flops <= SMALL and live.execution.is_repeatable else live
     if isinstance(call, Vjp) and call.live and in_dims[call.n_inner] is None:
         forward = over_batch(call.inner.derive(Save, call.active), in_dims[: call.n_inner], size)
         return None if forward is None else call.derive(PerExampleVjp, in_dims, size)

@@ -3,7 +3,7 @@
 A call is a stack of levels: the user's callable, and around it derivatives and batches. `torch.autograd` and loops over
 examples are right whatever the callable does, for they run it as torch itself would. The transforms of `torch.func`
 (forward mode, `vmap`, reverse mode inside these) are faster, but run ops by other rules, of which some are missing and
-some are wrong. So a plan with such transforms is taken where a trial run on fake tensors shows that torch has the
+some are wrong. So a plan with such transforms is taken where a fake run shows that torch has the
 rules, and where, at the first run, it gives what `torch.autograd` and loops give (`choice.py`, `proof.py`).
 """
 

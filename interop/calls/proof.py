@@ -107,7 +107,7 @@ def _expected(call: "Computation", operands: "Tensors") -> tuple["Tensors", floa
     n_bytes = _precision(call, operands)
     products = [level.depth for level in call.levels() if level.transform == "jvp"]
     has_differences = bool(products) and n_bytes in _OF_DIFFERENCES
-    if not (has_differences and call.operations > LARGE):
+    if not (has_differences and call.flops > LARGE):
         try:
             return call.compute(Plan(rows="never", audited=True), *operands), _TOLERANCE[n_bytes]
         except Exception:

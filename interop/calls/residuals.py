@@ -20,10 +20,10 @@ from .graph import Batch, Graph, Tape
 from .handles import number_of, when_dropped, write_handle
 
 _UNASKED, _ROUNDS, _DISCARDED = 64, 16, 3
-_graphs: "dict[int, tuple[Kept, Shelf, Part]]" = {}
+_graphs: "dict[int, tuple[Residual, Store, Part]]" = {}
 _numbers = itertools.count(1)
 _running = threading.local()
-Kept = Graph | Tape
+Residual = Graph | Tape
 Part = tuple[tuple[int, ...], int] | None
 """Of a call that is split over devices: how many parts each batch has, and which of them all this is."""
 
@@ -47,7 +47,7 @@ def live_graphs() -> int:
     return len(_graphs)
 
 
-class Shelf:
+class Store:
     """The graphs of one `Save` that wait for their backward call.
 
     Some wait in vain: `cond` under vmap runs both branches, and a handle that no example chose is lost. Dropping a
@@ -65,7 +65,7 @@ class Shelf:
         """Whether graphs were given away unused, and none was ever asked for."""
         return self._discarded >= _DISCARDED and not self._asked
 
-    def put(self, graph: Kept) -> int:
+    def put(self, graph: Residual) -> int:
         """Keep a graph; returns its number."""
         if self._taking:
             self._taking, self._round = False, self._round + 1
@@ -94,10 +94,10 @@ class Shelf:
         self._discarded += 1
 
 
-def take_graph(handle: torch.Tensor | None) -> Kept | None:
+def take_graph(handle: torch.Tensor | None) -> Residual | None:
     """Remove and return the graph of a handle, if it is still there."""
     number = 0 if handle is None else number_of(handle)
-    return None if _of_these_examples(number) is None else drop(number, Shelf.take)
+    return None if _of_these_examples(number) is None else drop(number, Store.take)
 
 
 def is_kept(handle: torch.Tensor) -> bool:
@@ -105,7 +105,7 @@ def is_kept(handle: torch.Tensor) -> bool:
     return _of_these_examples(number_of(handle)) is not None
 
 
-def _of_these_examples(number: int) -> Kept | None:
+def _of_these_examples(number: int) -> Residual | None:
     graph, _, part = _graphs.get(number, (None, None, None))
     return graph if part == _part_here() else None
 
@@ -116,7 +116,7 @@ def take_tape(handle: torch.Tensor, active: tuple[int, ...], outs: tuple[int, ..
     tape = _of_these_examples(number)
     if not isinstance(tape, Tape) or not tape.gives(active, outs, batch):
         return None
-    drop(number, Shelf.take)
+    drop(number, Store.take)
     return tape
 
 
@@ -130,7 +130,7 @@ def hand_over(handle: torch.Tensor, number: int) -> None:
 def discard(handle: torch.Tensor | None) -> None:
     """Drop the graph of a handle, for which there is no use."""
     if handle is not None:
-        drop(number_of(handle), Shelf.discard)
+        drop(number_of(handle), Store.discard)
 
 
 def drop_with(handle: jax.Array) -> None:
@@ -138,9 +138,9 @@ def drop_with(handle: jax.Array) -> None:
     when_dropped(handle, drop)
 
 
-def drop(number: int, how: Callable[[Shelf, int], None] = Shelf.remove) -> Kept | None:
+def drop(number: int, how: Callable[[Store, int], None] = Store.remove) -> Residual | None:
     """Remove and return what a number stands for, if it is still there."""
-    graph, shelf, _ = _graphs.pop(number, (None, None, None))
-    if shelf is not None:
-        how(shelf, number)
+    graph, store, _ = _graphs.pop(number, (None, None, None))
+    if store is not None:
+        how(store, number)
     return graph

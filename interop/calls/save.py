@@ -11,12 +11,12 @@ import torch
 from ..replay.repeated import Repeated
 from ..types import Tensors
 from .batching import vmap
-from .call import Computation, TorchCall
+from .call import Computation, TorchCall, graphless
 from .derivative import Vjp
 from .execution import Execution, planned
 from .graph import Batch, Graph, Tape
 from .handles import HANDLE, handle_of, number_of
-from .residuals import Shelf, drop, hand_over
+from .residuals import Store, drop, hand_over
 
 
 class Save(TorchCall):
@@ -28,28 +28,28 @@ class Save(TorchCall):
     def __init__(self, inner: Computation, active: tuple[int, ...], batch: Batch | None = None):
         super().__init__()
         self.inner, self.active, self.batch, self.base = inner, active, batch, inner.base
-        self.plain = inner if batch is None else vmap(inner, *batch)
+        self._graphless = inner if batch is None else vmap(inner, *batch)
         self._shared = () if batch is None else tuple(i for i in active if batch[0][i] is None)
-        self.graphed = self.plain
+        self.graphed = self._graphless
         if batch is not None:
             dims, size = batch
             self.graphed = vmap(inner, tuple(0 if i in self._shared else d for i, d in enumerate(dims)), size)
         # What the graph will be used for: by its plan the graph is made, for the values of a plan may be right and its
         # gradients wrong.
         self.gradient = self.graphed.derive(Vjp, active, self.graphed.inexact_outs, False)
-        self.operations = self.graphed.operations
-        self.name = f"save({self.plain.name})"
-        self.in_avals, self.out_avals = self.plain.in_avals, (*self.plain.out_avals, HANDLE)
+        self.flops = self.graphed.flops
+        self.name = f"save({self._graphless.name})"
+        self.in_avals, self.out_avals = self._graphless.in_avals, (*self._graphless.out_avals, HANDLE)
         self.makes_handle = True
 
     def _execution(self) -> Execution:
         return SaveExecution(self)
 
-    def select(self, used: tuple[int, ...]) -> tuple[TorchCall, tuple[int, ...]] | None:
+    def dce(self, used: tuple[int, ...]) -> tuple[TorchCall, tuple[int, ...]] | None:
         return None if len(self.out_avals) - 1 in used else self.graphless()
 
     def graphless(self) -> tuple[Computation, tuple[int, ...]]:
-        return self.plain, tuple(range(len(self.in_avals)))
+        return self._graphless, tuple(range(len(self.in_avals)))
 
     def each(self, tensors: Tensors) -> Tensors:
         """Shared operands once for each example."""
@@ -64,8 +64,8 @@ class SaveExecution(Execution):
 
     def __init__(self, call: Save):
         super().__init__(call)
-        self._save, self._plain, self._gradient = call, planned(call.plain), planned(call.gradient)
-        self._shelf = Shelf()
+        self._save, self._graphless, self._gradient = call, planned(graphless(call)[0]), planned(call.gradient)
+        self._store = Store()
         self._keepable: bool | None = None  # known after the first run
 
     @property
@@ -88,25 +88,25 @@ class SaveExecution(Execution):
     @property
     def _keeps(self) -> bool:
         """Whether to keep graphs: they can be kept, and somebody wants them."""
-        return self._keepable is not False and not self._shelf.is_vain
+        return self._keepable is not False and not self._store.is_vain
 
     def execute(self, *tensors: torch.Tensor) -> Tensors:
-        return self._run(tensors, None) if self._keeps else (*self._plain.execute(*tensors), handle_of(0))
+        return self._run(tensors, None) if self._keeps else (*self._graphless.execute(*tensors), handle_of(0))
 
     def repeat(self, *tensors: torch.Tensor) -> Tensors:
         if not self._keeps:
-            return *self._plain.repeat(*tensors), handle_of(0)
+            return *self._graphless.repeat(*tensors), handle_of(0)
         return self._run(tensors, self.repeated_on(tensors[0].device))
 
     def replay(self, operands: Tensors, results: Tensors) -> bool:
         if not self._keeps:
             hand_over(results[-1], 0)
-            return self._plain.replay(operands, results[:-1])
+            return self._graphless.replay(operands, results[:-1])
         repeated = self.repeated_on(operands[0].device)
         if repeated is None or repeated.replays is None:
             return False
         kept = repeated.replays[0]([], *operands, *results[:-1])
-        hand_over(results[-1], self._shelf.put(Tape(repeated, kept, self._save.batch)))
+        hand_over(results[-1], self._store.put(Tape(repeated, kept, self._save.batch)))
         return True
 
     def _run(self, tensors: Tensors, repeated: Repeated | None) -> Tensors:
@@ -118,9 +118,9 @@ class SaveExecution(Execution):
         except Exception:  # torch.func transforms in the callable refuse saved tensor hooks, for instance
             if self._keepable:
                 raise
-            outs, keepable = self._plain.execute(*tensors), False  # raises again what is the callable's own fault
+            outs, keepable = self._graphless.execute(*tensors), False  # raises again what is the callable's own fault
         self._keepable = keepable
-        return (*outs, handle_of(self._shelf.put(graph) if keepable else 0))
+        return (*outs, handle_of(self._store.put(graph) if keepable else 0))
 
     def forget(self, results: Tensors) -> None:
         drop(number_of(results[-1]))

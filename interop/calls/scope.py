@@ -2,7 +2,7 @@
 
 A backward pass may run a part of a module again: `torch.utils.checkpoint` does, and so do adjoint methods, reversible
 layers, whose `autograd.Function` holds the module, and hooks that read weights. Then the weights must still be in the
-module. So where a trial of the backward pass showed this, calls run within a scope: what they borrow is given back
+module. So where a fake run of the backward pass showed this, calls run within a scope: what they borrow is given back
 when the scope closes, and what a live graph's forward call borrowed stays with the graph, without XLA's memory.
 """
 

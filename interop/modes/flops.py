@@ -12,7 +12,7 @@ from torch.utils.flop_counter import flop_registry
 from ..internals import torch_pytree
 
 
-def operations(op: Any, args: Any, kwargs: Any, output: Any) -> float:
+def flops_of(op: Any, args: Any, kwargs: Any, output: Any) -> float:
     """Floating-point operations of matrix products, convolutions and attention; otherwise the largest tensor's size."""
     formula = flop_registry.get(op.overloadpacket)
     if formula is not None:

@@ -60,11 +60,11 @@ PASS_A_KEY = "Pass `key=` a JAX PRNG key (under vmap one for each example: jax.r
 def is_key(value: Any) -> bool:
     """Whether a value is a typed JAX PRNG key, or stands for one."""
     is_typed = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
-    return is_typed or isinstance(value, LateKey)
+    return is_typed or isinstance(value, DeferredKey)
 
 
 @dataclass(frozen=True)
-class LateKey:
+class DeferredKey:
     """A key that is made only if a call draws, so that a stream of keys does not move for nothing."""
 
     like: Any

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..calls.base import Base
 from ..calls.batching import Vmap
-from ..calls.call import TorchCall
+from ..calls.call import TorchCall, graphless
 from ..calls.derivative import Jvp, Vjp
 from ..calls.per_example import PerExampleVjp
 from ..calls.save import Save
@@ -96,14 +96,14 @@ def _(call: Jvp | Vjp) -> Batches:
 
 @_batches_of.register
 def _(call: Save) -> Batches:
-    plain = batches_of(call.graphless()[0])
-    return Batches(plain.sizes, plain.whole, plain.operands, (*plain.results, {}))
+    found = batches_of(graphless(call)[0])
+    return Batches(found.sizes, found.whole, found.operands, (*found.results, {}))
 
 
 @_batches_of.register
 def _(call: PerExampleVjp) -> Batches:
-    plain, kept = call.graphless()
-    batches = batches_of(plain)
+    inner, kept = graphless(call)
+    batches = batches_of(inner)
     where = dict(zip(kept, batches.operands, strict=True))
     operands = tuple(where.get(i, {}) for i in range(len(call.in_avals)))
     return Batches(batches.sizes, batches.whole, operands, batches.results)
@@ -148,9 +148,9 @@ def _(call: Save, shards: Mapping[int, int]) -> TorchCall:
     if call.batch is None:
         return inner.derive(Save, call.active)
     dims, size = call.batch
-    return inner.derive(Save, call.active, (dims, size // shards.get(call.graphless()[0].depth, 1)))
+    return inner.derive(Save, call.active, (dims, size // shards.get(graphless(call)[0].depth, 1)))
 
 
 @_resized.register
 def _(call: PerExampleVjp, shards: Mapping[int, int]) -> TorchCall:
-    return call.part(lambda vjp: part(vjp, shards), shards.get(call.graphless()[0].depth, 1))
+    return call.part(lambda vjp: part(vjp, shards), shards.get(graphless(call)[0].depth, 1))

@@ -21,7 +21,7 @@ from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule, 
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from ..calls.call import TorchCall
+from ..calls.call import TorchCall, graphless
 from ..calls.handles import BY_PLACE, HANDLE
 from ..internals import axes_left_to_xla, devices_of
 from ..transport import lowering, threads
@@ -122,10 +122,8 @@ class _Partitioning:
         return lambda splits, *operands: carry(*operands, _which(splits))
 
     def _graphless(self, call: TorchCall) -> Callable[..., list[jax.Array]]:
-        graphless = call.graphless()
-        assert graphless is not None
-        plain, kept = graphless
-        carry = lowering.carrier(self._module, plain, repeats=self._repeats)
+        graphless_call, kept = graphless(call)
+        carry = lowering.carrier(self._module, graphless_call, repeats=self._repeats)
         handles = [jnp.zeros(HANDLE.shape, HANDLE.dtype)] if call.makes_handle else []
         return lambda splits, *operands: [*carry(*(operands[i] for i in kept)), *handles]
 

@@ -14,7 +14,7 @@ from ..internals import DisableTorchFunction, FakeTensor, torch_pytree
 from ..modes import kernels
 from ..modes.aten import bound, in_checkpoint, in_reentrant_checkpoint, reads_values, tensors_in, written
 from ..modes.dispatch import Mode
-from ..modes.flops import operations
+from ..modes.flops import flops_of
 from ..modes.guard import Exposure
 from ..modes.known import KnownConstants
 from ..modes.own_gradients import Asked, wants_gradients
@@ -41,8 +41,8 @@ class Observation:
     """State operands in whose place it put what has their own value."""
     fused_kernels: frozenset[str]
     """The fused kernels it used that have replacements (`kernels.py`)."""
-    operations: float
-    """How many floating-point operations it took, about (`operations.py`)."""
+    flops: float
+    """How many floating-point operations it took, about (`flops.py`)."""
     random: bool
     """Whether it drew random numbers."""
     captures: bool
@@ -103,7 +103,7 @@ def observe(
         if found is None:
             raise
         return found  # as it is where gradients are off, which is all that it can do
-    if found is not None and found.steps == other.steps and replace(other, operations=found.operations) == found:
+    if found is not None and found.steps == other.steps and replace(other, flops=found.flops) == found:
         return found
     return replace(other, differentiates=True)
 
@@ -128,7 +128,7 @@ def _observe_once(
         state=tuple(i for i in traced.state_operands if i in state or i in mutated),
         restored=frozenset(restored - mutated),
         fused_kernels=frozenset(watch.fused_kernels),
-        operations=watch.operations,
+        flops=watch.flops,
         random=watch.random,
         captures=watch.captures,
         checkpoints=watch.checkpoints,
@@ -173,7 +173,7 @@ class _Watch(Mode):
         super().__init__()
         self.mutated: set[int] = set()
         self.fused_kernels: set[str] = set()
-        self.operations = 0.0
+        self.flops = 0.0
         self.reads: list[Any] = []
         self.random = self.captures = self.makes_shapes = self.leaves_torch = False
         self.checkpoints: Checkpoints = "none"
@@ -255,7 +255,7 @@ class _Watch(Mode):
         for tensor in written(func, arguments):
             self._note_write(tensor)
         output = func(*args, **kwargs)
-        self.operations += operations(func, args, kwargs, output)
+        self.flops += flops_of(func, args, kwargs, output)
         self._note_made(func, args, kwargs, output)
         if reads_values(func):
             self.reads.append(output)

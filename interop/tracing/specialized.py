@@ -9,7 +9,8 @@ import torch
 
 from ..calls.base import Base, Facts
 from ..errors import TorchCallError
-from ..modes import ambient, guard
+from ..modes import guard
+from ..modes.autocast import autocast, autocast_here
 from ..modes.guard import Guard
 from ..modes.kernels import HIGHER_ORDER, UNRECORDED, quiet_compiler
 from ..types import Aval, CallOptions, Tensors
@@ -47,7 +48,7 @@ class Specialized:
         refuse_write: Callable[[Collection[int]], NoReturn],
     ):
         self._name, self._function, self.found = traced.name, function, found
-        self._autocast = ambient.autocast_here()
+        self._autocast = autocast_here()
         self._x64 = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
         self._wanted, self._refuse_write = [x.dtype for x in traced.operands], refuse_write
         self._key_remedy = None if found.random else traced.key_remedy
@@ -61,7 +62,7 @@ class Specialized:
         self._out_dtypes = [dtypes.to_torch_dtype(aval.dtype) for aval in out_avals]
         facts = Facts(
             state=tuple(zip(found.state, range(n_outs, len(out_avals)), strict=True)),
-            operations=found.operations,
+            flops=found.flops,
             device=traced.device,
             fakeable=found.fakeable and HIGHER_ORDER not in found.fused_kernels,  # torch.func.jvp of `cond` is zero
             pure=found.steady,
@@ -138,8 +139,8 @@ class Specialized:
 
     def _run_on(self, tensors: Tensors) -> Tensors:
         compiles = HIGHER_ORDER in self.found.fused_kernels
-        autocast = ambient.autocast(self._autocast) if self._autocast else _NO_CHANGE
-        with autocast, quiet_compiler() if compiles else _NO_CHANGE:
+        entered = autocast(self._autocast) if self._autocast else _NO_CHANGE
+        with entered, quiet_compiler() if compiles else _NO_CHANGE:
             output, state = self._function(*tensors)
         if self._is_tensor and type(output) is torch.Tensor:
             leaves, treedef = [output], self.found.treedef

@@ -17,9 +17,9 @@ import torch
 from ..errors import TorchCallError, quote, signature_text
 from ..modes import kernels
 from ..modes.device_random import can_draw
+from ..modes.fake_run import fake_mode
 from ..modes.host_random import drawn_from, host_generators_seeded, refuse_host_draws
 from ..modes.known import Failure, KnownConstants
-from ..modes.trial import fake_mode
 from ..replay.repeated import SMALL
 from ..types import Aval, Checkpoints
 from .examples import Example
@@ -127,14 +127,12 @@ def _is_same_without_gradients(traced: Traceable, found: Observation) -> bool:
         other, _, _ = _on_fake(traced, grad_mode=False)
     except TorchCallError:
         return False
-    return other is not None and _apart_from_operations(other) == _apart_from_operations(found)
+    return other is not None and _apart_from_flops(other) == _apart_from_flops(found)
 
 
-def _apart_from_operations(found: Observation) -> dict[str, Any]:
+def _apart_from_flops(found: Observation) -> dict[str, Any]:
     return {
-        field.name: getattr(found, field.name)
-        for field in fields(found)
-        if field.compare and field.name != "operations"
+        field.name: getattr(found, field.name) for field in fields(found) if field.compare and field.name != "flops"
     }
 
 
@@ -192,7 +190,7 @@ def _together(
         state=tuple(i for i in traced.state_operands if i in state),
         restored=frozenset(),
         fused_kernels=observed | (_any_kernels(traced) - kernels.UNRECORDED),
-        operations=max(one.operations for one in found),
+        flops=max(one.flops for one in found),
         random=traced.has_key,
         captures=True,
         checkpoints=_CHECKPOINTS[max(_CHECKPOINTS.index(one.checkpoints) for one in found)],
@@ -221,7 +219,7 @@ def _anything(traced: Traceable, output: Output) -> Trace:
         state=traced.state_operands,
         restored=frozenset(),
         fused_kernels=_any_kernels(traced),
-        operations=math.inf,
+        flops=math.inf,
         random=traced.has_key,
         captures=True,
         checkpoints="none",
@@ -257,7 +255,7 @@ def _observations(
         if example.is_given and not is_settled:
             output, is_settled = found[0].output, True
         is_enough = is_settled or (len(found) == 2 and not found[0].makes_shapes)
-        if is_enough and not (traced.explores and found[0].operations <= SMALL):
+        if is_enough and not (traced.explores and found[0].flops <= SMALL):
             break
     if not is_settled and found and all(one.output == found[0].output for one in found):
         output = found[0].output

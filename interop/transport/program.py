@@ -17,14 +17,14 @@ from typing import Any
 import jax.numpy as jnp
 import torch
 
-from ..calls.call import TorchCall
+from ..calls.call import TorchCall, graphless
 from ..calls.cycles import free_circular_graphs
 from ..calls.execution import execute
 from ..calls.handles import is_signed, number_in, sign
 from ..calls.residuals import discard, hand_over, in_part
 from ..errors import TorchCallError, runtime_message
 from ..internals import storage_holders
-from ..modes import ambient
+from ..modes.autocast import without_inference
 from ..replay.repeated import ops_alone
 from ..types import Aval, Tensors
 from ..values.memory import storage_of
@@ -74,7 +74,7 @@ def run_program(number: int, *buffers: torch.Tensor) -> None:
     work = functools.partial(program.attempt, call, buffers)
     _running.append(number)
     try:
-        failure = threads.run(work, call.operations) if buffers and buffers[0].is_cpu else work()
+        failure = threads.run(work, call.flops) if buffers and buffers[0].is_cpu else work()
     except BaseException as exc:  # Ctrl-C while waiting for it
         failure = runtime_message(call.base.name, call.base.signature, exc)
     finally:
@@ -125,7 +125,7 @@ class Program:
         """Run the call on its operands and write what torch returned into XLA's result buffers."""
         if self._repeats and self._replay(call, buffers):
             return
-        buffers = ambient.without_inference(buffers)
+        buffers = without_inference(buffers)
         operands = buffers[: self._n_buffers]
         before = _holders(operands)
         results = iter(buffers[self._n_buffers :])
@@ -200,9 +200,9 @@ class InFlow(Program):
 
     def __init__(self, call: TorchCall, flow: HandleFlow):
         super().__init__(call, repeats=True)
-        plain, kept = _graphless(call)
-        plain.execution.prepare()
-        self._plain = Program(plain, repeats=True)
+        graphless_call, kept = graphless(call)
+        graphless_call.execution.prepare()
+        self._graphless = Program(graphless_call, repeats=True)
         first = [0, *itertools.accumulate(1 + parts for parts in self._in_parts)]
         self._kept = [n for i in kept for n in range(first[i], first[i + 1])]
         self._flow = flow
@@ -225,13 +225,7 @@ class InFlow(Program):
                 sign(buffers[-1])
         else:
             operands, results = [buffers[i] for i in self._kept], buffers[self._n_buffers :]
-            self._plain.run(_graphless(call)[0], (*operands, *(results[:-1] if self._makes_handle else results)))
-
-
-def _graphless(call: TorchCall) -> tuple[TorchCall, tuple[int, ...]]:
-    graphless = call.graphless()
-    assert graphless is not None
-    return graphless
+            self._graphless.run(graphless(call)[0], (*operands, *(results[:-1] if self._makes_handle else results)))
 
 
 def _holders(tensors: Sequence[torch.Tensor]) -> list[int]:

@@ -36,9 +36,9 @@ _AS_OPENMP = 0  # MKL's own number of threads when none is set
 _SOFT = 1  # omp_pause_soft: end the threads, keep the settings
 
 
-def run(work: Callable[[], Any], operations: float) -> Any:
+def run(work: Callable[[], Any], flops: float) -> Any:
     """What `work` returns, run where it is fastest; it must not raise."""
-    if operations < LONG or _torch_thread().n_threads == 1:
+    if flops < LONG or _torch_thread().n_threads == 1:
         return _on_one_core(work)
     return _torch_thread().run(work)
 

@@ -86,12 +86,12 @@ class Capture(Mode):
             func = torch.ops.aten.neg.default
         found = table.find(functional_name(func))
         if found is None and any(map(self._is_unknown, tensors)):
-            apart = self._taken_apart(func, args, kwargs)
+            apart = self._decomposed(func, args, kwargs)
             if apart is not NotImplemented:
                 return apart
         return self._recorded(func, args, kwargs, found)
 
-    def _taken_apart(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _decomposed(self, func: Any, args: Any, kwargs: Any) -> Any:
         decomposition = decomposition_of(func)
         if decomposition is not None and not draws(func, bound(func, args, kwargs)):
             with self:

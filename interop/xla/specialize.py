@@ -12,9 +12,9 @@ import torch
 
 from ..errors import ForeignTensorError, TorchCallError, quote
 from ..internals import DataDependentOutputException, DynamicOutputShapeException, without_transforms
+from ..modes.fake_run import fake_mode
 from ..modes.kernels import plain_kernels
 from ..modes.known import KnownConstants
-from ..modes.trial import fake_mode
 from ..tracing.arguments import Arguments
 from ..tracing.specialize import trace_of, traceable
 from ..tracing.target import Target

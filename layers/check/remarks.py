@@ -1,6 +1,6 @@
 """Why a check that is right runs slower than it could: what the library warns of, and how its calls ran."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from warnings import WarningMessage
 
 from ...interop.calls.call import TorchCall
@@ -15,8 +15,17 @@ def remarks(made: Iterable[Ours], caught: Iterable[WarningMessage]) -> list[str]
     """What to say of the calls of a check, each once."""
     said = [str(warning.message) for warning in caught]
     warned = [text for text in said if text.startswith(_OURS[0]) or _OURS[1] in text]
-    calls = [call for ours in made for function in ours.wrapped.functions() for call in function.calls()]
-    return list(dict.fromkeys([*warned, *_of_calls(calls)]))
+    functions = [function for ours in made for function in ours.wrapped.functions()]
+    calls = [call for function in functions for call in function.calls()]
+    carried = [_carried(function.name, function.carried()) for function in functions if function.carried()]
+    return list(dict.fromkeys([*warned, *_of_calls(calls), *carried]))
+
+
+def _carried(name: str, ops: Sequence[str]) -> str:
+    return (
+        f"{name}: torch computes {', '.join(ops)} within XLA's program, which can therefore not be exported, nor run "
+        "where torch cannot: engine='xla' has no JAX function for them."
+    )
 
 
 def _of_calls(calls: Iterable[TorchCall]) -> Iterator[str]:

@@ -24,7 +24,7 @@ def counted(owner, method, name):
 
 
 counted(cuda_graphs._Graph, "launch", "launched")
-counted(residuals.Shelf, "take", "used")
+counted(residuals.Store, "take", "used")
 
 torch.manual_seed(0)
 module = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)).cuda()

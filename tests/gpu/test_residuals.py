@@ -28,8 +28,8 @@ def _full_precision():
 def uses(monkeypatch):
     """How many backward calls found a graph or a recording."""
     uses = []
-    take = residuals.Shelf.take
-    monkeypatch.setattr(residuals.Shelf, "take", lambda self, number: (uses.append(number), take(self, number))[1])
+    take = residuals.Store.take
+    monkeypatch.setattr(residuals.Store, "take", lambda self, number: (uses.append(number), take(self, number))[1])
     return uses
 
 

@@ -1,4 +1,4 @@
-"""Watching what torch computes: which calls and which ops run on values, not on the fake tensors of a trial run."""
+"""Watching what torch computes: which calls and which ops run on values, not on the fake tensors of a fake run."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence

@@ -13,10 +13,10 @@ from compare import assert_trees_close
 from torchleaf import TorchModule, to_jax, to_torch, torch_function
 from torchleaf.interop import internals
 from torchleaf.interop.calls.own_functions import applications
-from torchleaf.interop.modes import trial
+from torchleaf.interop.modes import fake_run
+from torchleaf.interop.modes.fake_run import fake_mode
 from torchleaf.interop.modes.function_applies import applications_heard_by
 from torchleaf.interop.modes.kernels import plain_kernels
-from torchleaf.interop.modes.trial import fake_mode
 
 
 def test_flags_that_cannot_be_set(monkeypatch):
@@ -32,7 +32,7 @@ def test_flags_that_cannot_be_set(monkeypatch):
 
 
 def switches():
-    """What trial runs and calls switch off in the whole process."""
+    """What fake runs and calls switch off in the whole process."""
     return (
         logging.getLogger("torch._subclasses.fake_tensor").disabled,
         internals.VMAP_FALLBACK[0](),
@@ -49,7 +49,7 @@ def test_switches_are_on_again_after_threads_that_overlapped():
 
     def run(is_first):
         heard = applications() if is_first else applications_heard_by(lambda cls, args, kwargs, run: run(*args))
-        with fake_mode(), trial._STRICT_VMAP.held(), plain_kernels(), heard:
+        with fake_mode(), fake_run._STRICT_VMAP.held(), plain_kernels(), heard:
             both.wait()
             assert switches()[:2] == (True, False)
             if not is_first:

@@ -13,7 +13,7 @@ from samples import as_torch
 from torch import nn
 from torch.nn.utils import rnn
 from torchleaf import StateError, torch_function
-from torchleaf.interop.modes.trial import fake_mode
+from torchleaf.interop.modes.fake_run import fake_mode
 
 RUNS = 4
 X = jnp.arange(12.0).reshape(4, 3) / 5 - 1

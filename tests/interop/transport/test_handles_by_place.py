@@ -33,7 +33,7 @@ def _by_place(monkeypatch):
 def counts(monkeypatch):
     """How many backward calls found a graph or a recording, and how many forward calls kept one."""
     counts = {"used": 0, "kept": 0}
-    take, put = residuals.Shelf.take, residuals.Shelf.put
+    take, put = residuals.Store.take, residuals.Store.put
 
     def counted_take(self, number):
         counts["used"] += 1
@@ -43,8 +43,8 @@ def counts(monkeypatch):
         counts["kept"] += 1
         return put(self, graph)
 
-    monkeypatch.setattr(residuals.Shelf, "take", counted_take)
-    monkeypatch.setattr(residuals.Shelf, "put", counted_put)
+    monkeypatch.setattr(residuals.Store, "take", counted_take)
+    monkeypatch.setattr(residuals.Store, "put", counted_put)
     return counts
 
 

@@ -183,6 +183,18 @@ def test_a_loop_is_slow_with_the_reason():
     assert "2 slow" in str(report)
 
 
+def test_ops_that_torch_computes_for_the_other_engine_are_named():
+    def solved(x):
+        return torch.linalg.lu_solve(*torch.linalg.lu_factor(x.sin()), x)
+
+    x = jnp.asarray([[1.0, 2.0], [-1.0, 3.0]])
+    report = torchleaf.check(torchleaf.torch_function(solved, engine="xla"), x)
+    assert report.ok, report
+    assert report["forward"].status == "slow"
+    assert "solved: torch computes linalg_lu_solve.default within XLA's program" in report["forward"].text
+    assert torchleaf.check(torchleaf.torch_function(torch.sin, engine="xla"), x)["forward"].status == "ok"
+
+
 def test_what_the_user_ran_before_hides_no_remark():
     model = torchleaf.TorchModule(ReadsValues())
     with pytest.warns(UserWarning, match="runs as a loop"):

@@ -16,7 +16,7 @@ Parts = TypeVar("Parts")
 _made: "weakref.WeakKeyDictionary[torch.nn.Module, dict[Hashable, tuple[Any, Any]]]" = weakref.WeakKeyDictionary()
 
 
-def taken_apart(module: torch.nn.Module, options: Hashable, make: Callable[[], Parts]) -> Parts:
+def cached(module: torch.nn.Module, options: Hashable, make: Callable[[], Parts]) -> Parts:
     """What `make` made of `module` with these options before, or makes now. It must not hold the module itself."""
     if not isinstance(module, torch.nn.Module):
         return make()  # which refuses it

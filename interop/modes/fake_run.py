@@ -1,4 +1,4 @@
-"""Trial runs on fake tensors: what shapes come out, and what torch supports, without computing."""
+"""Runs on fake tensors: what shapes come out, and what torch supports, without computing."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +9,7 @@ import torch
 from ..internals import FAKE_LOGGER, VMAP_FALLBACK, load_compiler, without_transforms
 from ..process.switches import flag_off
 from ..values import dtypes
-from .ambient import neutral
+from .autocast import neutral
 from .kernels import COMPILED, differentiable_path, plain_kernels, without_cudnn
 from .known import KnownConstants
 
@@ -43,7 +43,7 @@ def empty_like_avals(avals: Sequence[Any], device: torch.device) -> tuple[torch.
     return tuple(torch.empty(a.shape, dtype=dtypes.to_torch_dtype(a.dtype), device=device) for a in avals)
 
 
-def trial_run(
+def fake_run(
     function: Callable[..., Any], avals: Sequence[Any], device: torch.device, answers: Sequence[Any] = ()
 ) -> Exception | None:
     """Run `function` on fake tensors of a device, which give `answers` where it reads values; the exception it raised,
