@@ -42,7 +42,7 @@ def _left_out(option, args, items):
     if option.whole or option.keyword or any("::" in arg for arg in args):
         return
     if "long" not in option.markexpr and not any(arg.endswith(".py") for arg in args):
-        yield from (item for item in items if "long" in item.keywords)
+        yield from (item for item in items if "long" in item.keywords and "slow" not in item.keywords)
     yield from _further_cases(items)
 
 

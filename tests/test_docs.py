@@ -29,6 +29,7 @@ WITHOUT_CODE = ("api.md", "changelog.md", "contributing.md")
 PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if p.name not in WITHOUT_CODE)]
 
 
+@pytest.mark.long
 @pytest.mark.all_cases
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_page(page, tmp_path, monkeypatch):
@@ -102,6 +103,7 @@ def test_reference_lists_the_public_api():
     assert sorted(documented) == sorted(public)
 
 
+@pytest.mark.long
 def test_navigation_lists_every_page():
     listed = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text())
     assert sorted(listed) == sorted(p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md"))

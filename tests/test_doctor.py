@@ -360,6 +360,7 @@ def lines_of(result: subprocess.CompletedProcess[str]) -> dict[str, str]:
     return {line[9:column].strip(): f"{line[:9].strip()} {line[column:]}" for line in findings}
 
 
+@pytest.mark.long
 def test_command(tmp_path):
     """Settings by environment variables."""
     settings = {
@@ -376,6 +377,7 @@ def test_command(tmp_path):
     assert lines["numbers"].startswith("ok")
 
 
+@pytest.mark.long
 def test_command_without_jax_tvm_ffi():
     """Slower, not broken."""
     dispatch = "import jax; jax.config.update('jax_cpu_enable_async_dispatch', False)"
@@ -387,6 +389,7 @@ def test_command_without_jax_tvm_ffi():
     assert lines["numbers"].startswith("ok")
 
 
+@pytest.mark.long
 def test_command_where_jax_does_not_start():
     result = run_command(JAX_PLATFORMS="nonsense")
     assert result.returncode == 1
@@ -397,6 +400,7 @@ def test_command_where_jax_does_not_start():
     assert "JAX_PLATFORMS is 'nonsense'" in result.stdout
 
 
+@pytest.mark.long
 def test_command_where_torch_calls_fail():
     result = run_command("import torch", "torch.sin = lambda x: 1 / 0")
     assert result.returncode == 1

@@ -62,6 +62,7 @@ def assert_is_plot(path):
     assert image.std() > 0.05
 
 
+@pytest.mark.long
 def test_train_digits(tmp_path):
     output = run(tmp_path, "train_digits")
     assert min(numbers(output, "test accuracy")) > 97
@@ -71,6 +72,7 @@ def test_train_digits(tmp_path):
     assert_is_plot(tmp_path / "digits.png")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("script", ["linen_digits", "nnx_digits"])
 def test_flax_digits(tmp_path, script):
     output = run(tmp_path, script, "--epochs", "2", "--output", "plot.png")
@@ -84,6 +86,7 @@ def test_flax_digits(tmp_path, script):
     assert_is_plot(tmp_path / "plot.png")
 
 
+@pytest.mark.long
 def test_finetune_text_encoder(tmp_path):
     output = run(tmp_path, "finetune_text_encoder", "--quick")
     frozen, tuned = numbers(output, "frozen encoder, JAX head"), numbers(output, "fine-tuned")
@@ -197,6 +200,7 @@ def test_near_duplicates_are_left_out(docstrings):
     np.testing.assert_array_equal(kept.labels, [1, 2])
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # from imports of deprecated modules
 def test_no_docstring_leaks_or_names_its_library(docstrings):
     train, test = docstrings.make_task(400, 100, seed=0)

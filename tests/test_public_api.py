@@ -113,6 +113,7 @@ def test_the_package_is_loaded_once():
     assert loaded == ["torchleaf.interop.primitive"]
 
 
+@pytest.mark.long
 def test_import_is_light():
     """No optional package comes along, and no JAX backend is started before the user could configure it."""
     loaded = run_python(
@@ -130,6 +131,7 @@ def test_import_is_light():
     assert loaded.split() == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["equinox", "linen", "nnx"])
 @pytest.mark.parametrize(
     "statement", ["import torchleaf.{}", "from torchleaf.{} import TorchModule", "import torchleaf"]

@@ -246,6 +246,7 @@ def _arithmetic(args, kwargs):
     return jax.tree.map(one, {"args": args, "kwargs": kwargs}), sum(map(_is_array, jax.tree.leaves((args, kwargs))))
 
 
+@pytest.mark.long
 @settings(derandomize=True, deadline=None, database=None, max_examples=25)
 @given(
     args=st.lists(trees, max_size=3),

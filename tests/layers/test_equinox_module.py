@@ -2,6 +2,7 @@
 
 import equinox as eqx
 import jax.numpy as jnp
+import pytest
 import torchleaf
 from torch import nn
 
@@ -17,6 +18,7 @@ def test_fields():
     assert torchleaf.TorchModule(nn.Linear(3, 4)).inference is False
 
 
+@pytest.mark.long
 def test_equal_structure_means_one_compilation():
     model, traces = torchleaf.TorchModule(nn.Linear(3, 4)), []
 

@@ -114,6 +114,7 @@ def test_shared_memory_shows_torch_updates_and_copies_do_not(framework):
     assert_trees_close(copied(x), before, rtol=0, atol=0)
 
 
+@pytest.mark.long
 def test_leaves_outlive_the_torch_module(framework):
     linear = nn.Linear(300, 400)
     expected = linear.weight.detach().clone().numpy()

@@ -130,6 +130,7 @@ def test_members_have_state_of_their_own(framework, spec, jit):
         assert_trees_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_gradients_and_state_of_members_with_inputs_of_their_own(framework):
     modules, xs = [nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)) for _ in range(3)], torch.randn(3, 6, 3)
     ensemble = framework.stack([framework(m, with_state=True) for m in modules])

@@ -79,6 +79,7 @@ def test_jax_sees_no_weight_gradients_of_single_examples(framework, jit, rng):
     assert f"[{B},{OUT},{IN}]" not in jaxpr
 
 
+@pytest.mark.long
 @eager_and_jit
 @pytest.mark.parametrize(("frozen", "products"), [((), 7), ((0,), 5), ((0, 1, 2), 1), ((3,), 6)], ids=str)
 def test_frozen_parameters_cost_no_backward(framework, frozen, products, jit, backward):

@@ -93,6 +93,7 @@ def test_compiled_gradients(layer):
     _assert_gradients(layer, grads, layer.module, args, kwargs)
 
 
+@pytest.mark.long
 @every_layer_but_few_in_flax
 def test_vmap_and_its_gradients(layer):
     """Over all inputs at once, against a loop in torch; gradients of the weights are summed over the batch."""

@@ -134,6 +134,7 @@ class _LeaksInput(_Stateful):
         return self.linear(x)
 
 
+@pytest.mark.long
 @every_framework
 @pytest.mark.parametrize(
     ("module", "message"),

@@ -199,6 +199,7 @@ def test_reset_parameters_leaves_what_is_frozen():
         assert jnp.array_equal(variables[name], from_torch(tensor)) == (name != "2.weight"), name
 
 
+@pytest.mark.long
 def test_reset_parameters_says_what_it_cannot_draw():
     class Prompted(tnn.Module):
         def __init__(self):

@@ -433,6 +433,7 @@ def test_boxes_of_state_stay(rng):
     assert_trees_close(nn.meta.unbox(updates), plain, rtol=0, atol=0)
 
 
+@pytest.mark.long
 def test_scan_names_the_axis_it_adds():
     scan = nn.scan(
         Block,

@@ -505,6 +505,7 @@ def test_collections_have_names_of_their_own():
     assert [nnx.variable_name_from_type(t) for t in (Frozen, Buffer)] == ["frozen", "buffers"]
 
 
+@pytest.mark.long
 def test_imports_after_another_library_has_taken_the_names():
     """nnx.bridge.ToNNX makes types for the collections of a Linen module."""
     printed = run_python(

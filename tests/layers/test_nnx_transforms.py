@@ -136,6 +136,7 @@ def test_donated_models_leave_torch_memory_alone():
     assert not jnp.array_equal(model[3][1].weight[...], from_torch(before["3.1.weight"]))
 
 
+@pytest.mark.long
 def test_intermediates_are_captured():
     """In a process of its own: `nnx.capture` changes the classes it meets for good."""
     run_python(

@@ -35,6 +35,7 @@ def test_leaves_are_stacked(modules):
     assert ensemble.inference is True
 
 
+@pytest.mark.long
 def test_models_that_hold_torch_modules(modules, x):
     keys = jax.random.split(jax.random.key(0), 3)
     models = [

@@ -45,6 +45,7 @@ DERIVATIVES = {
 }
 
 
+@pytest.mark.long
 @eager_and_jit
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("transform", DERIVATIVES.values(), ids=DERIVATIVES)
@@ -54,6 +55,7 @@ def test_every_method_gives_the_same(transform, method, jit):
     close(actual, jax.jit(lambda *xs: transform(twins.LAYER.jax, *xs))(*args))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 def test_other_axes_and_nesting(method):
     """Inputs batched twice, at inner and last axes; the output axis last."""
@@ -72,6 +74,7 @@ def test_other_axes_and_nesting(method):
     close(grads(function), grads(twins.LAYER.jax))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("size", [0, 1])
 def test_empty_and_single_batches(method, size):

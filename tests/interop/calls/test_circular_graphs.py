@@ -59,6 +59,7 @@ def nodes():
     return sum(issubclass(type(x), torch.autograd.function.BackwardCFunction) for x in gc.get_objects())
 
 
+@pytest.mark.long
 @each_keep
 @pytest.mark.parametrize("reads", [False, True])
 @pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])

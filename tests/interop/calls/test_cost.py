@@ -222,6 +222,7 @@ def test_grad_of_nested_vmap_makes_none_either(backward, linear):
     assert not any(shape[-2:] in {(OUT, IN), (IN, OUT)} for shape in backward.shapes if len(shape) > 2)
 
 
+@pytest.mark.long
 def test_second_order_over_a_batch_makes_none_either(linear, backward):
     """A Hessian-vector product over the weights of a batch."""
     function = torchleaf.torch_function(lambda x, w, b: torch.tanh(torch.nn.functional.linear(x, w, b)))

@@ -70,6 +70,7 @@ def test_what_is_dropped_is_freed(make, use):
     assert live_graphs() == 0
 
 
+@pytest.mark.long
 def test_three_hundred_cost_no_programs():
     gc.collect()
     before = len(program._by_number)

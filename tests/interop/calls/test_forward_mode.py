@@ -141,6 +141,7 @@ def test_first_derivatives(transform, op, jit):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 @pytest.mark.parametrize("transform", HIGHER.values(), ids=HIGHER)
 def test_higher_derivatives(transform, op):
@@ -159,6 +160,7 @@ def test_forward_mode_of_a_backward_that_cannot_be_differentiated(transform, op,
     close(jit(lambda *xs: transform(op.ours, *xs))(*args), transform(op.jax, *args))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("op", OPAQUE, ids=["ctx in forward", "setup_context"])
 @pytest.mark.parametrize("loss", [total, lambda f: lambda *xs: f(*xs).sum()], ids=["curved", "linear"])
 @pytest.mark.parametrize(
@@ -169,6 +171,7 @@ def test_second_derivative_of_such_a_backward_is_an_error_not_zero(transform, lo
         jax.block_until_ready(transform(loss(op.ours))(*op.arguments()))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("op", ["attention", "autograd.Function"])
 @pytest.mark.parametrize("transform", ["jvp", "hessian", "forward over reverse"])
 def test_vmap_of_forward_mode(transform, op):
@@ -182,6 +185,7 @@ def test_vmap_of_forward_mode(transform, op):
     )
 
 
+@pytest.mark.long
 def test_vmapped_attention_needs_no_loop():
     """The plain kernel has a batching rule; a warning would fail this test."""
     op = OPS["attention"]
@@ -193,6 +197,7 @@ def test_vmapped_attention_needs_no_loop():
     close(derivatives(op.ours), derivatives(op.jax))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cls", [torch.nn.LSTM, torch.nn.GRU])
 def test_recurrent_modules(cls, monkeypatch):
     """Two layers, both directions: tangents of the weights against torch's own double backward."""

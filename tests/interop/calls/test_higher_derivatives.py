@@ -103,6 +103,7 @@ LINEAR_ALGEBRA = {
 }
 
 
+@pytest.mark.long
 @eager_and_jit
 @pytest.mark.parametrize("op", LINEAR_ALGEBRA.values(), ids=LINEAR_ALGEBRA)
 def test_linear_algebra(op, jit):
@@ -187,6 +188,7 @@ def agree_in_second_and_third_derivatives(ours, twin, jit):
     close(actual, jax.jit(every(SECOND | THIRD, twin))(X), rtol=5e-3)
 
 
+@pytest.mark.long
 @eager_and_jit
 @pytest.mark.parametrize("op", NORMS.values(), ids=NORMS)
 def test_norms(op, jit):
@@ -238,6 +240,7 @@ if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # since torch 2.13
     )
 
 
+@pytest.mark.long
 @eager_and_jit
 @pytest.mark.parametrize("op", FORMULAS.values(), ids=FORMULAS)
 def test_formulas_that_torch_has_wrong(op, jit):
@@ -252,6 +255,7 @@ WEIGHT_NORMS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
 @eager_and_jit
 @pytest.mark.parametrize("make", WEIGHT_NORMS.values(), ids=WEIGHT_NORMS)
@@ -329,6 +333,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.long
 @eager_and_jit
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_derivatives_by_one_argument(loss, jit):
@@ -381,6 +386,7 @@ def trained(f):
     return f
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
 @eager_and_jit
 @pytest.mark.parametrize("before", [lambda f: f, trained], ids=["fresh", "used by torch"])
@@ -401,6 +407,7 @@ def test_scripted_code(make, before, jit):
     close(jax.hessian(ours)(x), jnp.diag(second))
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
 @eager_and_jit
 def test_formulas_that_torch_has_wrong_are_refused_in_scripted_code(jit):
@@ -437,6 +444,7 @@ DECOMPOSITIONS = {
 }
 
 
+@pytest.mark.long
 @eager_and_jit
 @pytest.mark.parametrize("op", DECOMPOSITIONS.values(), ids=DECOMPOSITIONS)
 def test_decompositions(op, jit, x64):

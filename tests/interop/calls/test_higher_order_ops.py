@@ -84,6 +84,7 @@ def test_values(function):
     assert_trees_close(jax.vmap(wrapped)(jnp.stack([inputs(0), inputs(1)])), jnp.stack(expected[:2]), rtol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("residuals", ["live", "recompute"])
 @pytest.mark.parametrize("function", DIFFERENTIABLE)
 def test_gradients_and_forward_mode(function, residuals):
@@ -144,6 +145,7 @@ class Gated(nn.Module):
         return torch.cond(x.sum() > 0, lambda x: self.a(x), lambda x: self.b(x).tanh(), (x,))
 
 
+@pytest.mark.long
 def test_modules():
     module = Gated()
     expected, grads = [], []
@@ -163,6 +165,7 @@ def test_modules():
         assert_trees_close(step(model, inputs(run)).params, grads[run], rtol=1e-4)
 
 
+@pytest.mark.long
 def test_the_first_call_of_a_process_spoils_nothing_for_the_compiler():
     """What it meets in a mode it never compiles again; here it does, within torchleaf and outside."""
     run_python(

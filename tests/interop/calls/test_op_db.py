@@ -12,6 +12,8 @@ import warnings
 import pytest
 import torch
 
+pytestmark = pytest.mark.long
+
 ALLOWED = (
     "draws random numbers",
     "uninitialised memory",

@@ -148,6 +148,7 @@ def test_kinks_prove_nothing():
     _close(jax.jvp(jax.grad(f), (x,), (V,))[1], jnp.array([0.0, 2.0, 2.0, 2.0, 0.0]) * V)
 
 
+@pytest.mark.long
 def test_what_does_not_show_in_the_result_is_no_reason_to_refuse():
     """A function of the wrong kind that a sum does not depend on, and one whose matrix is symmetric."""
     f = torch_function(lambda x: (x.sin() ** 2).sum() + 0 * SavedIntermediate.apply(x * 1).sum())

@@ -123,6 +123,7 @@ def test_nested_batches(operands, replay, jit):
     assert live_graphs() == 0
 
 
+@pytest.mark.long
 def test_branches_that_no_example_takes_leave_few_graphs(operands):
     """vmap turns `cond` into a choice between both branches, so a handle can be lost; its graph is dropped later."""
     w, b, x = operands

@@ -64,6 +64,7 @@ def test_gradients_have_the_bits_of_torch(torch_module, x, residuals):
         np.testing.assert_array_equal(grads.params[name], parameter.grad)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__.strip("_"))
 def test_no_graph_stays_behind(torch_module, x, loss, jit):

@@ -168,6 +168,7 @@ PARTLY = {
 }
 
 
+@pytest.mark.long
 @eager_and_jit
 @pytest.mark.parametrize("transform", PARTLY.values(), ids=PARTLY)
 def test_unused_inputs_constant_and_detached_outputs(transform, jit):
@@ -175,6 +176,7 @@ def test_unused_inputs_constant_and_detached_outputs(transform, jit):
     close(jit(lambda *xs: transform(partly, *xs))(*args), jax.jit(lambda *xs: transform(partly_jax, *xs))(*args))
 
 
+@pytest.mark.long
 @eager_and_jit
 def test_one_array_as_several_arguments(jit):
     """`f(x, x)`: the two uses are told apart."""
@@ -221,6 +223,7 @@ def tree():
     return {"layers": [(w, b), (v, c)], "shift": shift}, x, scale
 
 
+@pytest.mark.long
 @eager_and_jit
 @pytest.mark.parametrize("power", [2, 3])
 def test_pytrees_and_keyword_arrays(tree, power, jit):
@@ -235,6 +238,7 @@ def test_pytrees_and_keyword_arrays(tree, power, jit):
     close(grads(dense), grads(dense_jax))
 
 
+@pytest.mark.long
 @eager_and_jit
 def test_keyword_array_alone_is_differentiated(tree, jit):
     params, x, scale = tree
@@ -283,6 +287,7 @@ def test_mixed_dtypes(jit):
     )
 
 
+@pytest.mark.long
 def test_float64(x64):
     x, w = (a.astype(jnp.float64) for a in twins.normal((3,), (3, 3)))
 

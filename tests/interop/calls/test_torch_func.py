@@ -146,6 +146,7 @@ TRANSFORMS = {
 every_twin = pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @every_twin
 def test_transform(twin, transform):

@@ -67,6 +67,7 @@ def product_jax(x, y):
     return {"product": x @ y, "row": (jnp.sin(x).sum(), jnp.cos(y))}
 
 
+@pytest.mark.long
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(batched_products())
 def test_any_shapes_and_axes(case):
@@ -230,6 +231,7 @@ def test_empty_and_single_batches(transform, size, jit):
     close(actual, transform(twins.LAYER.jax, in_axes, *args))
 
 
+@pytest.mark.long
 @eager_and_jit
 def test_derivatives_between_two_vmaps(jit):
     """Per-example gradients of each member of an ensemble, and the gradient of their norm."""

@@ -246,6 +246,7 @@ def test_tensors_that_a_transform_left_behind():
     assert torch.equal(torchleaf.jax_function(lambda x: x + 1)(kept[0]), torch.full((3,), 3.0))
 
 
+@pytest.mark.long
 def test_2000_steps_do_not_grow_memory():
     f = torchleaf.jax_function(lambda x, w: jnp.tanh(x @ w).sum())
     x, w = torch.randn(64, 256), torch.randn(256, 256, requires_grad=True)

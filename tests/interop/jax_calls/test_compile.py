@@ -39,6 +39,7 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_values_and_gradients(backend):
     compiled = torch.compile(program(in_jax), backend=backend, fullgraph=True)
@@ -108,6 +109,7 @@ def test_a_module_trains():
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_torch_func_within(backend):
     f = torchleaf.jax_function(lambda x: jnp.sum(jnp.sin(x) ** 2))

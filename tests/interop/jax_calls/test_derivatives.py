@@ -59,6 +59,7 @@ def operands(dtype=torch.float64, grad=True):
     return [torch.randn(s, dtype=dtype, requires_grad=grad) for s in shapes]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", PAIRS)
 def test_against_finite_differences(name, x64):
     f = torchleaf.jax_function(PAIRS[name][0])
@@ -67,6 +68,7 @@ def test_against_finite_differences(name, x64):
     assert gradgradcheck(f, x, check_fwd_over_rev=True, check_rev_over_rev=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", PAIRS)
 def test_against_torch(name):
     ours, theirs = PAIRS[name]

@@ -5,6 +5,8 @@ import textwrap
 import pytest
 from fresh_process import run_python
 
+pytestmark = pytest.mark.long
+
 DATASET = """
 import jax.numpy as jnp
 import torch

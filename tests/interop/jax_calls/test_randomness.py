@@ -100,6 +100,7 @@ def test_gradients_for_each_example_have_its_mask():
     assert torch.equal(grads, masks)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_torch_compile_draws_in_every_call():
     torch._dynamo.reset()

@@ -130,6 +130,7 @@ def test_each_example_draws_from_its_own_key(nested):
             np.testing.assert_array_equal(ours[index], alone)
 
 
+@pytest.mark.long
 def test_calls_that_draw_are_replayed():
     runs = []
 

@@ -136,6 +136,7 @@ class _seeded:
         np.random.set_state(self._before[1])
 
 
+@pytest.mark.long
 def test_python_and_numpy_draw_different_numbers():
     def pair(x):
         return x * random.random(), x * np.random.random()
@@ -162,6 +163,7 @@ def test_shapes_that_depend_on_random_numbers():
         jax.jit(torch_function(grows))(X, key=KEYS[0])
 
 
+@pytest.mark.long
 def test_another_thread_that_draws_is_no_draw_of_the_function():
     stop = threading.Event()
 
@@ -186,6 +188,7 @@ def test_another_thread_that_draws_is_no_draw_of_the_function():
         np.random.set_state(before[1])
 
 
+@pytest.mark.long
 def test_pythons_generator_stays_as_it_is():
     """Neither a trace nor a run moves it, and who puts it back draws nothing."""
     script = """
@@ -264,6 +267,7 @@ class LayerDrop(nn.Module):
         return self.norm(x) if random.random() < 0.5 else x
 
 
+@pytest.mark.long
 @every_framework
 def test_layers_dropped_at_random(framework):
     """In every framework: with a key, with state that only some of the paths change, and never frozen."""
@@ -288,6 +292,7 @@ def test_layers_dropped_at_random(framework):
     assert still(X, key=KEYS[0]).shape == X.shape
 
 
+@pytest.mark.long
 def test_gradients_of_layers_dropped_at_random_are_of_the_path_taken():
     module = LayerDrop().train()
     for residuals in ("live", "recompute"):

@@ -101,6 +101,7 @@ def draw_everything():
 """
 
 
+@pytest.mark.long
 def test_another_process_with_more_threads_draws_the_same():
     """Short calls and long ones, which run elsewhere and on several cores; on one core here.
 
@@ -119,6 +120,7 @@ assert str((torch.get_rng_state().tolist(), np.random.get_state(), random.getsta
     assert there == here["draw_everything"]()
 
 
+@pytest.mark.long
 def test_threads_draw_while_torch_draws():
     """Eight threads with keys of their own, and torch's own stream in the main thread: each is what it is alone."""
     names = ("dropout", "native_dropout", "rand", "Normal", "multinomial")
@@ -305,6 +307,7 @@ def smooth_dropout(x):
     return (F.dropout(x, 0.5) ** 3).sum() + (torch.rand_like(x) * x.exp()).sum()
 
 
+@pytest.mark.long
 @may_loop
 def test_second_derivatives(x):
     function = torchleaf.torch_function(smooth_dropout)

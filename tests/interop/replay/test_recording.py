@@ -366,6 +366,7 @@ def test_at_the_limits_a_call_is_recorded(monkeypatch):
     assert len(recorder.computed) == 2
 
 
+@pytest.mark.long
 def test_thousands_of_ops():
     def function(x):
         for _ in range(recording._MOST_STEPS + 1):

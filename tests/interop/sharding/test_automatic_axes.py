@@ -3,6 +3,8 @@
 import pytest
 from meshes import run_on_devices as run
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.parametrize("method", ["auto", "batched", "loop"])
 @pytest.mark.parametrize("n", [2, 4, pytest.param(8, marks=pytest.mark.slow)])

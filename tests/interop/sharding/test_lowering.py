@@ -1,6 +1,9 @@
 """What XLA is given: the sharding rule of a call, on a CPU and for GPUs, and what becomes of JAX's persistent cache."""
 
+import pytest
 from meshes import run_on_devices as run
+
+pytestmark = pytest.mark.long
 
 
 def test_the_rule_shares_batches_and_nothing_else():

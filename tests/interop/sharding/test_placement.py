@@ -1,6 +1,9 @@
 """Where the leaves of models lie: as those of JAX's own modules, they follow what they are computed with."""
 
+import pytest
 from meshes import run_on_devices as run
+
+pytestmark = pytest.mark.long
 
 
 def test_equinox():

@@ -6,6 +6,8 @@ import pytest
 from local_processes import run_all, run_processes
 from meshes import PRELUDE
 
+pytestmark = pytest.mark.long
+
 SETUP = (
     PRELUDE
     + """

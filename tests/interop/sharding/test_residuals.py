@@ -1,6 +1,9 @@
 """Graphs on several devices: each belongs to the examples it was made for, is used by them, and none stays behind."""
 
+import pytest
 from meshes import run_on_devices as run
+
+pytestmark = pytest.mark.long
 
 _COUNTED = """
 from torchleaf.interop.calls.graph import Graph, Tape

@@ -1,6 +1,9 @@
 """State and random numbers on several devices: what does not depend on their number, and what is each device's own."""
 
+import pytest
 from meshes import run_on_devices as run
+
+pytestmark = pytest.mark.long
 
 
 def test_masks_do_not_depend_on_the_number_of_devices():

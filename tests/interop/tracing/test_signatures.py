@@ -150,6 +150,7 @@ def test_vmapped_function_is_traced_on_one_example(traces):
     assert traces == [[(3,)]]
 
 
+@pytest.mark.long
 def test_one_wrapped_function_serves_every_shape(traces):
     fn = torch_function(lambda x: torch.cat([x, x]).sum(-1))
     jitted = jax.jit(jax.value_and_grad(lambda x: (fn(x) ** 2).sum()))

@@ -7,6 +7,8 @@ The module is run on few rows, which is short work, and on many, which is long a
 import pytest
 from fresh_process import run_python
 
+pytestmark = pytest.mark.long
+
 _SETUP = """
 import faulthandler
 import os

@@ -125,6 +125,7 @@ def test_values(loop, args, jit):
     assert_same(loop, torchleaf.torch_function(step_torch), step_jax, *args, jit=jit)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
 def test_reverse_mode(loop, step, args):
     assert_same(lambda f, *xs: jax.value_and_grad(total(loop, f), (0, 1))(*xs), step, step_jax, *args)
@@ -161,6 +162,7 @@ def test_grad_of_vmap(loop, step, args):
     assert_same(transform, step, step_jax, batch, w)
 
 
+@pytest.mark.long
 def test_second_order_through_scan(step, args):
     def transform(f, h, w):
         return (
@@ -254,6 +256,7 @@ def test_checkpointed_scan(step, args):
     assert_same(lambda f, *xs: jax.grad(lambda *xs: loss(f, *xs), (0, 1))(*xs), step, step_jax, *args)
 
 
+@pytest.mark.long
 def test_pullback_may_be_used_again(step, args):
     def transform(f, h, w):
         _, pull = jax.vjp(f, h, w)

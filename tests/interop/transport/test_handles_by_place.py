@@ -113,6 +113,7 @@ def operands(rng):
     return [jnp.asarray(rng.normal(size=shape).astype(np.float32)) for shape in ((4, 4), (3, 4))]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("loss", LOSSES, ids=named)
 @pytest.mark.parametrize("transform", ["jit", "eager", "inner jit", "vjp of jit"])
 def test_gradients(loss, transform, operands):
@@ -201,6 +202,7 @@ def test_a_handle_that_was_copied_is_seen_in_the_first_runs(operands, monkeypatc
         np.testing.assert_allclose(gradient(*given), expected(*given), rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.long
 def test_modules(rng):
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.BatchNorm1d(8), torch.nn.Tanh(), torch.nn.Linear(8, 2))

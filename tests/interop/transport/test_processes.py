@@ -10,6 +10,8 @@ import time
 import pytest
 from fresh_process import run_python
 
+pytestmark = pytest.mark.long
+
 # --- JAX's persistent compilation cache --------------------------------------------------------------
 
 _CACHED = """

@@ -234,6 +234,7 @@ def test_copies_may_be_kept(kept):
     np.testing.assert_allclose(total, X.sum(), rtol=1e-6)
 
 
+@pytest.mark.long
 def test_reference_cycles_are_no_escapes():
     def cyclic(x):
         cell = [x]

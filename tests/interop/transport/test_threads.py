@@ -5,6 +5,8 @@ import json
 import pytest
 from fresh_process import run_python
 
+pytestmark = pytest.mark.long
+
 _IMPORTS = """
 import json
 import threading

@@ -90,6 +90,7 @@ def test_several_calls_in_one_program(route):
     assert_trees_close(program(X), twin(X))
 
 
+@pytest.mark.long
 def test_gradients(route):
     def loss(f, w, x):
         return (f(x @ w) ** 2).sum()
@@ -276,6 +277,7 @@ def test_a_call_that_is_not_alive():
             jax.block_until_ready(_raw_call(dead))
 
 
+@pytest.mark.long
 def test_programs_in_the_persistent_cache_are_safe(tmp_path):
     """A second process must not run the first one's programs with its own callables."""
     script = """
@@ -294,6 +296,7 @@ def test_programs_in_the_persistent_cache_are_safe(tmp_path):
         assert any(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_exit_while_a_program_runs():
     script = """
         import time, jax, jax.numpy as jnp, torch

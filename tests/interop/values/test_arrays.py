@@ -272,6 +272,7 @@ def test_traced_array_raises(transform):
         transform(lambda x: to_torch((np.ones(2), x)))(jnp.ones(()) if transform is jax.grad else jnp.ones(3))
 
 
+@pytest.mark.long
 def test_arrays_on_several_devices():
     """A sharded and a replicated array raise; one device of several, and the shards, convert."""
     script = """
@@ -317,6 +318,7 @@ def tensors(draw):
     return tensor.permute(draw(st.permutations(range(tensor.ndim))))
 
 
+@pytest.mark.long
 @properties
 @given(tensor=tensors(), copy=st.booleans())
 def test_round_trip_is_exact(tensor, copy):
@@ -327,6 +329,7 @@ def test_round_trip_is_exact(tensor, copy):
     assert raw_bytes(array) == raw_bytes(back) == raw_bytes(tensor)
 
 
+@pytest.mark.long
 @properties
 @given(dtype=st.sampled_from(NARROW), shape=shapes, data=st.data())
 def test_permuted_array_round_trips_from_jax(dtype, shape, data):

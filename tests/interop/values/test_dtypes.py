@@ -88,6 +88,7 @@ def test_int32_labels_arrive_as_long():
     assert_trees_close(jax.jit(jax.grad(cross_entropy))(logits, labels), jax.grad(expected)(logits))
 
 
+@pytest.mark.long
 @eager_and_jit
 def test_autocast_inside(jit):
     def product(a, b):

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from fresh_process import run_python
 
+pytestmark = pytest.mark.long
+
 MIB = 2**20
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

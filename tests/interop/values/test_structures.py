@@ -331,6 +331,7 @@ RECURRENT = {
 }
 
 
+@pytest.mark.long
 @eager_and_jit
 @pytest.mark.parametrize("is_sorted", [False, True], ids=["unsorted", "sorted"])
 @pytest.mark.parametrize("layer", RECURRENT)

@@ -69,6 +69,7 @@ def _indices(x):
     return y.masked_fill_(x < 0, 3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fn", [_views, _constants, _strided, _out, _geometry, _indices], ids=lambda f: f.__name__)
 def test_writes_and_views_become_a_function(fn):
     x = torch.tensor([-2.0, 0.3, 1.5, -0.7, 2.2, 4.0])
@@ -180,6 +181,7 @@ def test_gradients_stop_where_torch_stops_them(fn):
     assert_trees_close((jax.grad(ours)(x),), torch_gradients(fn, x), rtol=1e-5)
 
 
+@pytest.mark.long
 def test_torch_func_inside():
     ours = by_xla(lambda x: torch.func.vmap(torch.func.grad(lambda y: torch.sin(y).prod()))(x))
     x = jnp.arange(6.0).reshape(3, 2)

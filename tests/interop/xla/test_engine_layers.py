@@ -45,6 +45,7 @@ def _assert_gradients(spec, grads, function, module, args, kwargs):
     assert not any(jnp.any(g) for g in jax.tree.leaves((grads.weights.frozen, grads.weights.buffers)))
 
 
+@pytest.mark.long
 @pytest.mark.all_cases
 def test_outputs_and_gradients(spec):
     module, model = _made(spec)

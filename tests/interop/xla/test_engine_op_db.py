@@ -6,6 +6,8 @@ import jax
 import pytest
 import torch
 
+pytestmark = pytest.mark.long
+
 CHOSEN = [
     "addmm",
     "amax",

@@ -107,6 +107,7 @@ def _energy(x):
     return (torch.nn.functional.softplus(x) * torch.tanh(x.flip(0))).sum() + x.norm()
 
 
+@pytest.mark.long
 def test_hessians_and_third_derivatives():
     ours = torchleaf.torch_function(_energy, **XLA)
     x = torch.tensor([0.3, -0.7, 1.1])
@@ -174,6 +175,7 @@ assert time.perf_counter() - start < 2, "half a second, on a machine with nothin
 """
 
 
+@pytest.mark.long
 def test_the_tables_of_ops_are_loaded_when_they_are_needed():
     subprocess.run([sys.executable, "-c", _LAZY], check=True)
 

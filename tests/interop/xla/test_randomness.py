@@ -37,6 +37,7 @@ def by_xla(fn):
     return torchleaf.torch_function(fn, engine="xla", strict=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", DRAWS)
 def test_distribution_is_torchs(name):
     """Means and deviations, within five standard errors of each other."""

@@ -48,6 +48,7 @@ def wrap(request):
 # --- where all is well -----------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_module(wrap):
     report = torchleaf.check(wrap(nn.Sequential(nn.Linear(3, 4), nn.Tanh())), X)
     assert statuses(report) == expected(), report
@@ -60,6 +61,7 @@ def test_state(wrap):
     assert outcome("state", wrap(nn.BatchNorm1d(3)), X).status == "ok"
 
 
+@pytest.mark.long
 def test_an_equinox_model_with_its_state_apart():
     model, state = eqx.nn.make_with_state(torchleaf.TorchModule)(nn.BatchNorm1d(3))
     report = torchleaf.check(model, X, state)
@@ -103,6 +105,7 @@ def test_what_always_draws_is_checked_by_keys_alone():
     assert report["keys"].status == "slow"
 
 
+@pytest.mark.long
 def test_function_of_pytrees_and_static_values():
     def function(tree, power, *, scale=2.0):
         return {"y": tree["x"].sin() ** power * scale, "n": tree["n"] + 1}
@@ -113,6 +116,7 @@ def test_function_of_pytrees_and_static_values():
     assert outcome("gradients", torchleaf.torch_function(function), args, 2).status == "ok"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("framework", [torchleaf.linen, torchleaf.nnx], ids=["Linen", "NNX"])
 def test_channels_last(framework):
     images = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
@@ -120,6 +124,7 @@ def test_channels_last(framework):
         assert outcome(name, framework.TorchModule(nn.Conv2d(3, 2, 2), channels_last=True), images).status == "ok"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_other_dtypes(dtype):
     module, x = nn.Linear(3, 2, dtype=dtype), X.astype(dtypes.canonical(dtype))
@@ -250,6 +255,7 @@ def test_what_torch_cannot_do_itself_is_not_refused():
 # --- nothing of the user's changes -----------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_nothing_changes(wrap):
     module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout())
     module[2].eval()
@@ -303,6 +309,7 @@ def test_under_a_transformation():
         jax.jit(lambda x: torchleaf.check(nn.Linear(3, 2), x))(X)
 
 
+@pytest.mark.long
 def test_outcomes_by_name():
     report = torchleaf.check(lambda x: x + 1, X)
     with pytest.raises(KeyError, match="forward"):

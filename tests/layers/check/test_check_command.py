@@ -37,6 +37,7 @@ def factories(tmp_path, monkeypatch):
     sys.modules.pop("factories", None)
 
 
+@pytest.mark.long
 def test_command(factories):
     """Modules of the current directory can be named."""
     command = [sys.executable, "-m", "torchleaf", "check", "factories:good"]

@@ -103,6 +103,7 @@ BUFFERS = {
 }
 
 
+@pytest.mark.long
 @each_model
 def test_names(name):
     model, _ = made(name)
@@ -125,6 +126,7 @@ def jax_call(name, given, x):
     return given(x)
 
 
+@pytest.mark.long
 @each_model
 def test_values_and_gradients_are_jaxs(name):
     model, x = made(name)
@@ -149,6 +151,7 @@ def test_values_and_gradients_are_jaxs(name):
         torch.testing.assert_close(parameter.grad, torchleaf.to_torch(grads[k]), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.long
 def test_training_is_optaxs():
     """The same ten steps of Adam, by torch.optim and by optax."""
     jax_model = Attention(KEY)
@@ -177,6 +180,7 @@ def test_training_is_optaxs():
         assert ours == pytest.approx(theirs, rel=1e-3)
 
 
+@pytest.mark.long
 @each_model
 def test_training_with_torchs_tools(name):
     model, x = made(name)
@@ -229,6 +233,7 @@ def test_state_dicts(name):
         other.load_state_dict({})
 
 
+@pytest.mark.long
 @each_model
 def test_copies_pickles_and_files(name):
     model, x = made(name)
@@ -254,6 +259,7 @@ def test_pickles_of_layers_with_lambdas_and_state():
     assert torch.equal(again(x), norm(x))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @each_model
 def test_dtypes(name, dtype, request):
@@ -275,6 +281,7 @@ def test_double_without_x64_says_which_weight():
         model(torch.ones(2))
 
 
+@pytest.mark.long
 @each_model
 def test_gradients_by_finite_differences(name, x64):
     model, x = made(name)
@@ -365,6 +372,7 @@ def test_double_backward_and_state():
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["linen", "nnx"])
 def test_modes_and_dropout(name):
     model, x = made(name)
@@ -399,6 +407,7 @@ def test_a_batch_of_examples_with_keys_of_their_own():
     assert len({tuple(row) for row in model(torch.ones(4, 64)).tolist()}) == 4
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_torch_func():
     model = torchleaf.JaxModule(eqx.nn.MLP(3, 1, 8, 2, key=KEY))
@@ -414,6 +423,7 @@ def test_torch_func():
     torch.testing.assert_close(out, torch.stack([m(x[0]) for m in ensemble]))
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @each_model
 def test_torch_compile(name):

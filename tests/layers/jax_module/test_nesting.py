@@ -80,6 +80,7 @@ def test_torch_in_jax_in_torch_func(transform):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("jit", [lambda f: f, eqx.filter_jit], ids=["eager", "jit"])
 def test_jax_in_torch_in_jax(jit):
     model = torchleaf.TorchModule(JaxInTorch())
@@ -100,6 +101,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_jax_in_torch_in_jaxs_transformations(name, jit):
@@ -150,6 +152,7 @@ def test_threads_of_both_kinds():
     assert done == [True] * 4
 
 
+@pytest.mark.long
 def test_many_calls_at_once_in_one_program():
     """More torch calls that call JAX than XLA has threads, all of them ready at the same time."""
     out = run_python(

@@ -159,6 +159,7 @@ def test_holomorphic_gradient(layer, jit):
     close(jit(gradient(of_params(model)))(model.params, x), jax.jit(gradient(twin))(model.params, x))
 
 
+@pytest.mark.long
 @every_layer
 def test_batches_and_directions(layer):
     """One batch at a time by vmap, gradients summed; forward mode; forward over reverse."""

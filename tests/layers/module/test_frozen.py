@@ -163,6 +163,7 @@ def trained(model, optimizer, loss, steps):
 PAGES = {"README.md": "model", "docs/quickstart.md": "eqx.combine(params, static)", "docs/weights.md": "trained"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("page", "result"), PAGES.items(), ids=PAGES)
 def test_the_documented_recipe_leaves_the_rest_bit_identical(page, result, tmp_path, monkeypatch):
     """The code of the page, word for word, on modules of which part is frozen and that have buffers of every kind."""
@@ -272,6 +273,7 @@ def test_a_learning_rate_for_each_torch_name(make):
     assert_equal(after.params["1.0.bias"], model.params["1.0.bias"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", [by_multi_transform, by_masks])
 def test_rates_within_a_larger_model(make):
     """The torch part has its own optimizer, the JAX part another."""

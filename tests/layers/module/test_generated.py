@@ -125,6 +125,7 @@ def test_steps_eager_jitted_and_scanned(case):
         assert_trees_close(buffers(model, state), final, rtol=rounding, atol=rounding)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("residuals", ["live", "recompute"])
 def test_gradients(case, residuals):
     """Of parameters and inputs, with the new state on the side."""
@@ -143,6 +144,7 @@ def test_gradients(case, residuals):
     assert_trees_close(buffers(model, new_state), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.long
 def test_vmap(case):
     """Over inputs, or over models and their states; gradients of parameters that the batch shares are summed."""
     (over_models if case.has_state else over_inputs)(case)
@@ -209,6 +211,7 @@ def test_the_seeds_cover_the_grammar():
 # --- randomness ----------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_key(case):
     """It decides every random number, whichever way the call runs; the backward pass has the forward's numbers."""
     (with_key if random_parts(case.generated.module) else without_use_of_the_key)(case)

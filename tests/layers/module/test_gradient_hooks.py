@@ -112,6 +112,7 @@ def test_batches(make):
     assert_trees_close(summed.params, {name: sum(of_one[name] for of_one in expected) for name in expected[0]})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", [_masked, _of_itself], ids=["mask", "of itself"])
 @pytest.mark.filterwarnings("ignore:vmap of .* runs as a loop:UserWarning")
 def test_second_derivatives(make):
@@ -136,6 +137,7 @@ def test_a_hook_goes_back_to_torch():
     assert_trees_close(torch_gradients_of(back, back, (X,), {})[0], torch_gradients_of(module, module, (X,), {})[0])
 
 
+@pytest.mark.long
 def test_a_training_step_keeps_a_masked_row():
     module, x = _masked(), from_torch(X)
     params, loss = _loss(TorchModule(module))

@@ -93,6 +93,7 @@ def test_inside_a_trace():
     assert_trees_close(found, from_torch(module(torch.ones(3))))
 
 
+@pytest.mark.long
 def test_sharded_inputs():
     shown = run_python(
         """

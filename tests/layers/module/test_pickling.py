@@ -141,6 +141,7 @@ def test_serialised_leaves():
     assert eqx.tree_equal(eqx.tree_deserialise_leaves(file, like), model)
 
 
+@pytest.mark.long
 def test_in_another_process(tmp_path):
     """Nothing of this process is in the file: no handle, no cache, no address."""
     model = torchleaf.TorchModule(nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2)))

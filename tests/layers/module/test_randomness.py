@@ -136,6 +136,7 @@ def test_without_a_key_the_error_names_op_and_submodule(name, where, x):
     assert where in str(error.value)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("each_remat")
 @each
 def test_gradients_have_the_mask_of_the_forward(make, x):

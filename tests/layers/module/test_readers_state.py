@@ -494,6 +494,7 @@ class Tagger(nn.Module):
         return self.rnn(x)[0].sum()
 
 
+@pytest.mark.long
 @shapes
 @pytest.mark.parametrize("make", [lambda: nn.LSTM(3, 4), lambda: nn.GRU(3, 4, num_layers=2), lambda: nn.RNN(3, 4)])
 def test_second_derivatives_of_recurrent_layers_keep_nothing(make, options):
@@ -517,6 +518,7 @@ def test_second_derivatives_of_recurrent_layers_keep_nothing(make, options):
 KEPT: list[torch.Tensor] = []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("declared", [False, True])
 def test_what_really_stays_behind_is_refused(declared):
     """A tensor that a global keeps, in the trace and in a run that no trace has seen."""

@@ -60,6 +60,7 @@ def test_compiled_gradients_at_each_run(make, residuals):
     assert live_graphs() == 0
 
 
+@pytest.mark.long
 @every_module
 def test_vmap(make):
     """Of gradients, of each example; and the gradient of a vmap."""
@@ -78,6 +79,7 @@ def test_vmap(make):
     assert_trees_close(summed.params, {n: sum(of_one[n] for of_one in expected) for n in expected[0]})
 
 
+@pytest.mark.long
 @every_module
 def test_members_of_an_ensemble(make):
     """Each has weights of its own while its backward pass runs."""
@@ -96,6 +98,7 @@ def test_members_of_an_ensemble(make):
         assert_trees_close({name: leaf[i] for name, leaf in grads.params.items()}, expected)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:vmap of .* runs as a loop:UserWarning")
 @pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_second_derivatives_of_checkpoints(jit):
@@ -140,6 +143,7 @@ def test_forward_mode(name):
     assert_trees_close((tangent * jnp.sin(1 + primal)).sum(), (jnp.cos(x) * transposed).sum(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_graphs_do_not_keep_skeletons_or_memory():
     """A hundred steps, of which half have backward passes that never come."""
     model, x = TorchModule(Recomputing()), from_torch(X)

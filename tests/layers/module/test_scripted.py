@@ -84,6 +84,7 @@ def test_compiled_gradients_at_each_run(make, residuals):
         assert_trees_close(grads.params, torch_gradients_of(twin, twin, (X,), {})[0])
 
 
+@pytest.mark.long
 @every_module
 def test_second_derivatives_and_batches(make):
     module = make()

@@ -67,6 +67,7 @@ def test_steps_are_torchs_bit_for_bit(spec, run):
     assert_equal(state.get(model.buffer_index), buffers)
 
 
+@pytest.mark.long
 @each
 def test_nothing_else_changes(spec):
     """Neither the wrapped module nor any array JAX had before, through forward, backward and compiled steps."""
@@ -208,6 +209,7 @@ def test_other_methods_change_state():
 # --- training ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_hundred_steps_of_a_resnet_are_torchs_bit_for_bit():
     """Losses, weights and running statistics under SGD.
 

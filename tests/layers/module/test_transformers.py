@@ -72,6 +72,7 @@ def test_parameter_gradients_in_training(name, residuals):
 # --- dropout -------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @each_model
 def test_dropout_in_training(name):
     """The same key gives the same numbers, eager and jitted; another key gives others."""
@@ -100,6 +101,7 @@ def _values_and_params(result):
     return value, grads.params
 
 
+@pytest.mark.long
 @each_model
 def test_gradients_with_dropout_are_those_of_the_same_mask(name):
     """The forward pass that is kept and the one that runs again in the backward pass draw the same numbers."""
@@ -192,6 +194,7 @@ def test_generation_in_a_scan():
     assert all(layer.keys is None and layer.cumulative_length == 0 for layer in given.layers)
 
 
+@pytest.mark.long
 def test_gradients_with_respect_to_a_cache():
     """As in prefix tuning: keys and values that no token made."""
     module, ids = gpt2().eval(), token_ids(2, 3)
@@ -224,6 +227,7 @@ def test_caches_of_a_batch_under_vmap():
 # --- wav2vec2 ------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_wav2vec2_under_vmap_in_training():
     """In training it sets `requires_grad` on an intermediate, within whatever transformation it runs in."""
     module, inputs = wav2vec2().train(), inputs_for("wav2vec2")
@@ -240,6 +244,7 @@ def test_wav2vec2_under_vmap_in_training():
     assert_trees_close(means, _torch_parameter_gradients(module, inputs), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.long
 def test_layers_dropped_at_random():
     """Its `layerdrop` branches on a random number, which decides nothing about shapes."""
     module, inputs = wav2vec2(layerdrop=0.5).train(), torchleaf.to_jax(inputs_for("wav2vec2"))
