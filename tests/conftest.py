@@ -37,6 +37,12 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item not in left_out]
 
 
+def pytest_collection_finish():
+    """What imports made stays: collections, of which tests and torchleaf ask for many, need not look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
 def _left_out(option, args, items):
     """What a run does without that does not ask for it: by `--whole`, by name, long tests by their marker or file."""
     if option.whole or option.keyword or any("::" in arg for arg in args):

@@ -37,6 +37,7 @@ def test_page(page, tmp_path, monkeypatch):
     assert run_blocks(page.read_text(), str(page), {"__name__": "__main__"}) > 0
 
 
+@pytest.mark.long
 def test_the_page_on_devices_with_several():
     on_devices(
         f"""
