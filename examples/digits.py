@@ -55,14 +55,19 @@ def make_epochs(train: Digits, epochs: int, batch_size: int, seed: int) -> list[
 
 
 def train_torch(
-    network: torch.nn.Module, epochs: list[Epoch], test: Digits, schedule: optax.Schedule, weight_decay: float
+    network: torch.nn.Module,
+    epochs: list[Epoch],
+    test: Digits,
+    schedule: optax.Schedule,
+    weight_decay: float,
+    name: str = "pure torch",
 ) -> History:
-    """Train in torch alone, with torch's own AdamW, on the same batches and at the same learning rates."""
+    """Train in torch, with torch's own AdamW, on the same batches and at the same learning rates."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=1.0, weight_decay=weight_decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda count: np.asarray(schedule(count)).item())
 
     losses, accuracies = [], []
-    for batches in (progress := tqdm(epochs, desc="pure torch", unit="epoch")):
+    for batches in (progress := tqdm(epochs, desc=name, unit="epoch")):
         network.train()
         for images, labels in batches:
             loss = torch.nn.functional.cross_entropy(network(torch.from_numpy(images)), torch.from_numpy(labels).long())
@@ -79,25 +84,33 @@ def train_torch(
     return History(np.array(losses), np.array(accuracies))
 
 
-def compare(ours: History, theirs: History) -> Float[np.ndarray, " steps"]:
+def compare(ours: History, theirs: History, other: str = "torch") -> Float[np.ndarray, " steps"]:
     """How far the two losses are apart at each step; raises if it is more than rounding."""
     differences = np.abs(ours.losses - theirs.losses)
     worst = int(np.argmax(differences))
     if not differences[worst] <= LOSS_TOLERANCE:  # so that NaN fails too
         raise RuntimeError(
-            f"torchleaf and torch disagree at step {worst}: loss {ours.losses[worst]} and {theirs.losses[worst]}, "
+            f"torchleaf and {other} disagree at step {worst}: loss {ours.losses[worst]} and {theirs.losses[worst]}, "
             f"more than {LOSS_TOLERANCE} apart."
         )
     return differences
 
 
-def plot(ours: History, theirs: History, differences: np.ndarray, path: str, label: str, gap_title: str) -> None:
+def plot(
+    ours: History,
+    theirs: History,
+    differences: np.ndarray,
+    path: str,
+    label: str,
+    gap_title: str,
+    other: str = "pure torch",
+) -> None:
     """Losses, the difference between losses and test accuracies, as a PNG."""
     figure = Figure(figsize=(13, 4), layout=ConstrainedLayoutEngine(wspace=0.06))
     losses, gap, accuracies = figure.subplots(1, 3)
     steps, epochs = np.arange(1, len(ours.losses) + 1), np.arange(1, len(ours.accuracies) + 1)
     wide = {"color": "#9ecae1", "linewidth": 4, "label": label}
-    thin = {"color": "#08306b", "linewidth": 1, "label": "pure torch"}
+    thin = {"color": "#08306b", "linewidth": 1, "label": other}
 
     losses.semilogy(steps, ours.losses, **wide)
     losses.semilogy(steps, theirs.losses, **thin)
@@ -121,9 +134,11 @@ def plot(ours: History, theirs: History, differences: np.ndarray, path: str, lab
     figure.savefig(path, dpi=150)
 
 
-def print_summary(ours: History, theirs: History, differences: np.ndarray, seconds: float, path: str) -> None:
+def print_summary(
+    ours: History, theirs: History, differences: np.ndarray, seconds: float, path: str, other: str = "pure torch"
+) -> None:
     """The results as a table."""
-    print(f"\n{'':24}{'torchleaf':>12}{'pure torch':>12}")
+    print(f"\n{'':24}{'torchleaf':>12}{other:>12}")
     print(f"{'final training loss':24}{ours.losses[-1]:12.6f}{theirs.losses[-1]:12.6f}")
     print(f"{'test accuracy':24}{ours.accuracies[-1]:12.2%}{theirs.accuracies[-1]:12.2%}")
     print(f"{'largest loss difference':24}{differences.max():12.1e}  over {len(differences)} steps")

@@ -87,6 +87,16 @@ def test_flax_digits(tmp_path, script):
 
 
 @pytest.mark.long
+def test_jax_in_torch(tmp_path):
+    output = run(tmp_path, "jax_in_torch", "--epochs", "2")
+    assert min(numbers(output, "test accuracy")) > 60
+    difference, steps = numbers(output, "largest loss difference")
+    assert difference < 2e-4
+    assert steps == 2 * (1437 // 64)
+    assert_is_plot(tmp_path / "jax_in_torch.png")
+
+
+@pytest.mark.long
 def test_finetune_text_encoder(tmp_path):
     output = run(tmp_path, "finetune_text_encoder", "--quick")
     frozen, tuned = numbers(output, "frozen encoder, JAX head"), numbers(output, "fine-tuned")

@@ -1,9 +1,10 @@
 """What a torch user reaches to JAX for: ODE solvers, implicit layers, losses; against finite differences and torch."""
 
+import diffrax
 import jax
 import jax.numpy as jnp
 import optax
-import pytest
+import optimistix
 import torch
 import torchleaf
 from torch.autograd import gradcheck
@@ -42,8 +43,6 @@ def test_an_optax_loss():
 
 
 def test_a_neural_ode_of_diffrax(x64):
-    diffrax = pytest.importorskip("diffrax")
-
     def flow(w, y0):
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(lambda t, y, w: jnp.tanh(w @ y)),
@@ -71,8 +70,6 @@ def test_a_neural_ode_of_diffrax(x64):
 
 
 def test_a_root_of_optimistix(x64):
-    optimistix = pytest.importorskip("optimistix")
-
     def solve(a):
         return optimistix.root_find(lambda x, a: x**3 + x - a, optimistix.Newton(1e-10, 1e-10), jnp.ones(()), a).value
 
