@@ -9,7 +9,7 @@ from jax import lax
 
 from ..dtypes import Number, cast, category, is_array
 from ..table import op
-from .elementwise import computing_dtype, pointwise
+from .elementwise import HALVES, computing_dtype, pointwise
 
 
 @pointwise("add")
@@ -158,14 +158,16 @@ def minimum(x: Any, y: Any) -> Any:
 
 @pointwise("fmax")
 def fmax(x: Any, y: Any) -> Any:
-    """The larger one that is not NaN; of equal ones the first has the derivative."""
-    return jnp.where((x >= y) | jnp.isnan(y), x, y)
+    """The larger one that is not NaN; of equal ones the first has the derivative, or each a half."""
+    larger = jnp.where((x >= y) | jnp.isnan(y), x, y)
+    return jnp.where(x == y, jnp.maximum(x, y), larger) if HALVES else larger
 
 
 @pointwise("fmin")
 def fmin(x: Any, y: Any) -> Any:
-    """The smaller one that is not NaN."""
-    return jnp.where((x <= y) | jnp.isnan(y), x, y)
+    """The smaller one that is not NaN; derivatives as for `fmax`."""
+    smaller = jnp.where((x <= y) | jnp.isnan(y), x, y)
+    return jnp.where(x == y, jnp.minimum(x, y), smaller) if HALVES else smaller
 
 
 @pointwise("copysign")

@@ -9,10 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jax.scipy.special as special
+import torch
 from jax import lax
 
 from ..dtypes import Number, cast, category, is_array, opmath, result_type
 from ..table import op
+
+HALVES = torch.__version__ >= "2.14"
+"""Whether torch shares derivatives out where numbers are equal: of `fmax` and `fmin`, and on bounds."""
 
 
 def computing_dtype(out: Any, *args: Any) -> Any:

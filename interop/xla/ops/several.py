@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import jax.scipy.special as special
 from jax import lax
 
-from ..dtypes import Number, cast, category, opmath
+from ..dtypes import Number, cast, category, is_array, opmath
 from ..table import op
-from .elementwise import computing_dtype, round_half_to_even
+from .elementwise import HALVES, computing_dtype, round_half_to_even
 
 
 @op("where.self", "where.ScalarSelf", "where.ScalarOther", "where.Scalar")
@@ -19,13 +19,37 @@ def where(condition: Any, x: Any, y: Any, *, out: Any) -> Any:
 
 @op("clamp", "clip")
 def clamp(x: Any, low: Any = None, high: Any = None, *, out: Any) -> Any:
-    """Within bounds; on them, the derivative is that of `x`."""
+    """Within bounds; on them, the derivative is that of `x`, or as torch has it from 2.14 on."""
     dtype = computing_dtype(out, *(a for a in (x, low, high) if a is not None))
-    x = cast(x, dtype)
-    low, high = (None if a is None else cast(a, dtype) for a in (low, high))
+    bounds = tuple(None if a is None else cast(a, dtype) for a in (low, high))
+    if not HALVES:
+        return _clamp(cast(x, dtype), *bounds)
+    by_arrays = is_array(low) or is_array(high)
+    return (_clamp_by_arrays if by_arrays else _clamp_by_numbers)(cast(x, dtype), *bounds)
+
+
+def _clamp(x: Any, low: Any, high: Any) -> Any:
+    """On a bound, the derivative is that of `x`."""
     if low is not None:
         x = jnp.where((x < low) | jnp.isnan(low), low, x)
     return x if high is None else jnp.where((x > high) | jnp.isnan(high), high, x)
+
+
+def _clamp_by_numbers(x: Any, low: Any, high: Any) -> Any:
+    """On a bound, the derivative is zero."""
+    if low is not None:
+        x = jnp.where((x <= low) | jnp.isnan(low), low, x)
+    return x if high is None else jnp.where((x >= high) | jnp.isnan(high), high, x)
+
+
+def _clamp_by_arrays(x: Any, low: Any, high: Any) -> Any:
+    """On a bound, `x` and the bound have half of the derivative each; where bounds are equal, one has all of it."""
+    y = x if low is None else jnp.maximum(x, low)
+    y = y if high is None else jnp.minimum(y, high)
+    if low is None or high is None:
+        return y
+    one = jnp.where(x < low, low, jnp.where(x > high, high, x))
+    return jnp.where(low == high, one, y)
 
 
 @op("clamp_min")

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 import torch
 import torchleaf
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def double(x, *, weights=None):
@@ -56,6 +57,14 @@ def test_refused(name):
     call, error, message = BAD[name]
     with pytest.raises(error, match=f"(?s){message}"):
         call()
+
+
+def test_operands_on_two_devices():
+    """Fake tensors are on any."""
+    with FakeTensorMode():
+        x, other = torch.ones(2), torch.ones(2, device="cuda")
+        with pytest.raises(ValueError, match=r"double: x is on cpu, but weights\['a'\] on cuda.*\.to\(device\)"):
+            f(x, weights={"a": other})
 
 
 def test_traced_values():

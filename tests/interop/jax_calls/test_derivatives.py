@@ -151,6 +151,18 @@ def test_keyword_tensors_and_trees_are_differentiated():
     torch.testing.assert_close(scale.grad, (a * b).sum().detach().expand(3))
 
 
+@pytest.mark.parametrize("shapes", [((0, 3), (3, 2)), ((4, 0), (0, 2)), ((0, 0), (0, 0))], ids=str)
+def test_empty_operands(shapes):
+    x, w = (torch.randn(shape, requires_grad=True) for shape in shapes)
+
+    def derivatives(y):
+        first = torch.autograd.grad(y.sum(), (x, w), create_graph=True)
+        return y, first, torch.autograd.grad(first[1].sum(), x)
+
+    ours = torchleaf.jax_function(lambda x, w: jnp.sin(x) @ w)(x, w)
+    torch.testing.assert_close(derivatives(ours), derivatives(x.sin() @ w))
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
 def test_without_gradients(mode):
     x = torch.randn(3, requires_grad=True)

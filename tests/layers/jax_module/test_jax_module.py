@@ -275,6 +275,18 @@ def test_dtypes(name, dtype, request):
         assert out.dtype == dtype
 
 
+def test_devices():
+    model, x = made("equinox")
+    before = model(x)
+    assert model.to("cpu").cpu() is model
+    torch.testing.assert_close(model(x), before)
+    with pytest.raises(TypeError, match=r"key_proj.weight'\] is a meta tensor.*to_empty\(device='cpu'\)"):
+        model.to("meta")(x)
+    model = model.to_empty(device="cpu")
+    model.load_state_dict(made("equinox")[0].state_dict())
+    torch.testing.assert_close(model(x), before)
+
+
 def test_double_without_x64_says_which_weight():
     model = torchleaf.JaxModule(eqx.nn.MLP(2, 2, 4, 1, key=KEY)).double()
     with pytest.raises(TypeError, match=r"MLP: weights\['layers.0.(weight|bias)'\] is torch.float64.*jax_enable_x64"):
