@@ -175,6 +175,14 @@ def ops_only() -> Any:
     return _C._ExcludeDispatchKeyGuard(_ABOVE_OPS)
 
 
+@functools.cache
+def lacks_autograd(op: Any) -> bool:
+    """Whether an op has kernels, and none for autograd, so that torch takes what it returns for a constant."""
+    keys, has_kernel = ("Autograd", "CompositeImplicitAutograd"), _C._dispatch_has_kernel_for_dispatch_key
+    by_device = ("AutogradCPU", "AutogradCUDA")
+    return _C._dispatch_has_kernel(op.name()) and not any(has_kernel(op.name(), key) for key in (*keys, *by_device))
+
+
 def in_torchscript() -> bool:
     """Whether TorchScript is running; some fused kernels lack derivatives there."""
     profiler = _C._profiler

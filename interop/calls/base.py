@@ -46,6 +46,8 @@ class Facts:
     """Those it uses that are replaced under higher derivatives (`kernels.py`)."""
     is_loose: bool
     """Whether torch's autograd has to differentiate each call by itself, without `torch.func`."""
+    without_autograd: frozenset[str]
+    """Ops that it uses that have no kernel for autograd (`lost_gradients.py`)."""
     foreign: Mapping[int, str]
     """Storages that must not be met, each with what it is (`traceable.py`)."""
 

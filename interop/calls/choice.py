@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..errors import TorchCallError, quote
 from ..modes.fake_run import fake_run
 from ..wording import says_no_real_zeros
+from .lost_gradients import may_lose_gradients
 from .plan import CERTAIN, Plan, candidates, needs_audit
 from .proof import disagreement
 
@@ -68,7 +69,8 @@ class Choice:
             if failure is None:
                 break
             self._give_up(plan, quote(failure))
-        self.plan, self.is_final = plan, not plan.core and (plan.audited or not needs_audit(call))
+        is_certain = not plan.core and (plan.audited or not needs_audit(call))
+        self.plan, self.is_final = plan, is_certain and not may_lose_gradients(call)
         try:
             _tell_of_loops(call, self)
         except TorchCallError:

@@ -19,8 +19,9 @@ from ..replay.repeated import LARGE
 from ..values import dtypes
 from ..values.dtypes import is_inexact_tensor, precision_of
 from . import reverse
+from .lost_gradients import refuse_lost_gradients
 from .own_functions import applications, with_wrong_gradients
-from .plan import Plan
+from .plan import Plan, needs_audit
 
 if TYPE_CHECKING:
     from ..types import Tensors
@@ -45,6 +46,9 @@ def disagreement(call: "Computation", plan: Plan, tensors: "Tensors") -> str | N
     small, operands = call.sampled(tensors)
     with without_transforms(), host_generators_kept():
         operands = _with_directions(small, operands)
+        refuse_lost_gradients(small, operands)
+        if not plan.core and (plan.audited or not needs_audit(small)):
+            return None
         if len(call.derivatives) < 2:
             return _objection(small, plan, operands)
         with applications() as found:

@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..calls.cycles import free_circular_graphs
 from ..errors import CapturedWriteError, ForeignTensorError, StateError, TorchCallError, signature_text
-from ..internals import DisableTorchFunction, FakeTensor, torch_pytree
+from ..internals import DisableTorchFunction, FakeTensor, lacks_autograd, torch_pytree
 from ..modes import kernels
 from ..modes.aten import bound, in_checkpoint, in_reentrant_checkpoint, reads_values, tensors_in, written
 from ..modes.dispatch import Mode
@@ -61,6 +61,8 @@ class Observation:
     """Whether parameters have to require gradients in any case (`own_gradients.py`)."""
     precision: int = 8
     """The bytes of the least precise real number among what it computes, but for scalars."""
+    without_autograd: frozenset[str] = frozenset()
+    """Ops that it ran that have no kernel for autograd."""
     steps: int = field(default=0, compare=False)
     """Stands for the ops that it ran, one after another."""
 
@@ -136,6 +138,7 @@ def _observe_once(
         leaves_torch=watch.leaves_torch,
         reads=tuple(watch.reads),
         precision=watch.precision,
+        without_autograd=frozenset(watch.without_autograd),
         steps=watch.steps,
     )
 
@@ -173,6 +176,7 @@ class _Watch(Mode):
         super().__init__()
         self.mutated: set[int] = set()
         self.fused_kernels: set[str] = set()
+        self.without_autograd: set[str] = set()
         self.flops = 0.0
         self.reads: list[Any] = []
         self.random = self.captures = self.makes_shapes = self.leaves_torch = False
@@ -242,6 +246,8 @@ class _Watch(Mode):
         for tensor in tensors_in(*arguments.values()) if self._foreign else ():
             self._refuse_foreign(tensor)
         self.fused_kernels |= kernels.fused_kernels(func.name(), arguments)
+        if lacks_autograd(func):
+            self.without_autograd.add(func.name())
         if draws(func, arguments):
             if self._key_remedy is not None:
                 raise self._refuse(refuse(self._name, func, self._key_remedy))

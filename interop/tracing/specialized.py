@@ -74,6 +74,7 @@ class Specialized:
             checkpoints=found.checkpoints,
             fused_kernels=found.fused_kernels,
             is_loose=is_loose,
+            without_autograd=found.without_autograd,
             foreign=traced.foreign,
         )
         self.call = Base(self._run, traced.name, traced.operands, out_avals, facts, options)

@@ -200,6 +200,7 @@ def _together(
         leaves_torch=leaves_torch or any(one.leaves_torch for one in found),
         reads=found[0].reads,
         host_random=frozenset().union(*(one.host_random for one in found)),
+        without_autograd=frozenset().union(*(one.without_autograd for one in found)),
         fakeable=False,
         watched=True,
         steady=steady,

@@ -46,7 +46,9 @@ class Computed:
         return [jnp.asarray(env[i]) for i in self.graph.outputs]
 
     def _compute(self, node: Node, env: dict[int, Any], more: dict[str, Any]) -> None:
-        args, kwargs = torch_pytree.tree_map_only(Ref, lambda ref: env[ref.number], (node.args, dict(node.kwargs)))
+        # What torch computes without gradients need not have a derivative.
+        given = jax.lax.stop_gradient if node.stops and node.is_carried else lambda x: x
+        args, kwargs = torch_pytree.tree_map_only(Ref, lambda ref: given(env[ref.number]), (node.args, node.kwargs))
         with jax.named_scope(node.name):
             result = node.function(*args, **kwargs, **more)
             results = [x for x in _flat(result) if x is not None]
