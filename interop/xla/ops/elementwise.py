@@ -14,6 +14,7 @@ from jax import lax
 
 from ..dtypes import Number, cast, category, is_array, opmath, result_type
 from ..table import op
+from .gamma import digamma, lgamma
 
 HALVES = torch.__version__ >= "2.14"
 """Whether torch shares derivatives out where numbers are equal: of `fmax` and `fmin`, and on bounds."""
@@ -116,32 +117,6 @@ def round_half_to_even(x: Any) -> Any:
     return lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN) if category(x.dtype) == 2 else x
 
 
-@jax.custom_jvp
-def lgamma(x: Any) -> Any:
-    """The logarithm of the gamma function."""
-    return special.gammaln(x)
-
-
-@lgamma.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    return lgamma(primals[0]), digamma(primals[0]) * tangents[0]
-
-
-@jax.custom_jvp
-def digamma(x: Any) -> Any:
-    """The derivative of `lgamma`."""
-    return special.digamma(x)
-
-
-@digamma.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    """By reflection for small numbers, among which JAX's has no negative ones."""
-    (x,) = primals
-    small = x < 0.5
-    mirrored = special.polygamma(jnp.ones(x.shape, jnp.int32), jnp.where(small, 1 - x, x))
-    return digamma(x), jnp.where(small, (jnp.pi / jnp.sin(jnp.pi * x)) ** 2 - mirrored, mirrored) * tangents[0]
-
-
 def _reciprocal(x: Any) -> Any:
     return 1 / x
 
@@ -181,6 +156,8 @@ _register(
         "i0": jnp.i0,
         "special_i0e": special.i0e,
         "special_i1": special.i1,
+        "special_modified_bessel_i0": special.i0,
+        "special_modified_bessel_i1": special.i1,
         "special_i1e": special.i1e,
         "special_ndtri": special.ndtri,
         "special_entr": special.entr,

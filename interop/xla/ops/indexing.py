@@ -68,7 +68,7 @@ def masked_scatter(x: Any, mask: Any, source: Any) -> Any:
     return jnp.where(mask, source.ravel()[order].reshape(x.shape), x) if source.size else x
 
 
-def _positions(x: Any, dim: int, at: Any) -> tuple[Any, ...]:
+def positions(x: Any, dim: int, at: Any) -> tuple[Any, ...]:
     """For each element of `at`, its place in `x`, whose position along an axis it gives."""
     places = [lax.broadcasted_iota(jnp.int32, at.shape, axis) for axis in range(at.ndim)]
     places[dim % x.ndim] = at
@@ -80,59 +80,7 @@ def gather(x: Any, dim: int, at: Any, *, sparse_grad: bool = False) -> Any:
     """Positions along an axis, for each element others."""
     if not x.ndim:
         return jnp.broadcast_to(x, at.shape)
-    return x[_positions(x, dim, at)] if at.ndim else x[at]
-
-
-@op("scatter.src", "scatter.value")
-def scatter(x: Any, dim: int, at: Any, source: Any) -> Any:
-    """With positions along an axis replaced."""
-    return _scattered(x, dim, at, source, "set")
-
-
-@op("scatter_add")
-def scatter_add(x: Any, dim: int, at: Any, source: Any) -> Any:
-    """With positions along an axis added to."""
-    return _scattered(x, dim, at, source, "add")
-
-
-@op("scatter.reduce", "scatter.value_reduce")
-def scatter_with(x: Any, dim: int, at: Any, source: Any, *, reduce: str) -> Any:
-    """With positions along an axis added to, or multiplied."""
-    return _scattered(x, dim, at, source, reduce)
-
-
-def _scattered(x: Any, dim: int, at: Any, source: Any, how: str) -> Any:
-    shape, whole = x.shape, jnp.atleast_1d(x)
-    at = jnp.atleast_1d(at)
-    values = cast(source, x.dtype)
-    if values.ndim or isinstance(source, Number) is False:
-        values = jnp.atleast_1d(values)
-        values = values[tuple(slice(n) for n in at.shape)]
-    return getattr(whole.at[_positions(whole, dim, at)], how)(values).reshape(shape)
-
-
-@op("scatter_reduce.two")
-def scatter_reduce(x: Any, dim: int, at: Any, source: Any, reduce: str, *, include_self: bool = True) -> Any:
-    """With positions along an axis reduced with what falls there."""
-    how = {"sum": "add", "prod": "multiply", "mean": "add", "amax": "max", "amin": "min"}[reduce]
-    if not include_self:
-        neutral = {"sum": 0, "mean": 0, "prod": 1, "amax": _lowest(x.dtype), "amin": _highest(x.dtype)}[reduce]
-        hit = _scattered(jnp.zeros(x.shape, bool), dim, at, jnp.ones(at.shape, bool), "set")
-        x = jnp.where(hit, jnp.asarray(neutral, x.dtype), x)
-    found = _scattered(x, dim, at, source, how)
-    if reduce != "mean":
-        return found
-    ones = jnp.ones(x.shape, jnp.int32) if include_self else jnp.zeros(x.shape, jnp.int32)
-    count = jnp.maximum(_scattered(ones, dim, at, jnp.ones(at.shape, jnp.int32), "add"), 1)
-    return found / count.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.inexact) else found // count.astype(x.dtype)
-
-
-def _lowest(dtype: Any) -> Any:
-    return -jnp.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).min
-
-
-def _highest(dtype: Any) -> Any:
-    return jnp.inf if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype).max
+    return x[positions(x, dim, at)] if at.ndim else x[at]
 
 
 @op("index_select")
@@ -229,18 +177,6 @@ def embedding_bag(
     return found, *(
         x if x.shape == aval.shape else jnp.zeros(aval.shape) for x, aval in zip(rest, out[1:], strict=True)
     )
-
-
-@op("bucketize", "searchsorted.Scalar", "bucketize.Scalar")
-def bucketize(x: Any, edges: Any, *, out_int32: bool = False, right: bool = False) -> Any:
-    """Between which edges a number lies."""
-    return jnp.searchsorted(edges, x, side="right" if right else "left")
-
-
-@op("bincount")
-def bincount(x: Any, weights: Any = None, minlength: int = 0, *, out: Any) -> Any:
-    """How often each integer occurs."""
-    return jnp.zeros(out.shape, out.dtype).at[x].add(1 if weights is None else cast(weights, out.dtype))
 
 
 @op("_one_hot")
