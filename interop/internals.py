@@ -19,6 +19,7 @@ from jax._src import sharding_impls as _jax_shardings
 from jax._src import util as _jax_util
 from jax._src.interpreters import ad as _jax_ad
 from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
+from jax._src.lib import xla_client as _xla_client  # pyright: ignore[reportPrivateImportUsage]
 from torch._functorch import pyfunctorch as _pyfunctorch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -67,6 +68,11 @@ def devices_of(axis_context: Any) -> tuple[Any, ...]:
     if isinstance(axis_context, _jax_shardings.ShardingContext):
         return axis_context.device_assignment or ()
     return ()
+
+
+def another_cpu() -> Any:
+    """A device on the CPU with a client of XLA's, and so with threads, of its own."""
+    return _xla_client.make_cpu_client().local_devices()[0]
 
 
 def axes_left_to_xla(axis_context: Any) -> tuple[str, ...]:

@@ -97,6 +97,25 @@ def test_jax_in_torch(tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("script", ["neural_ode", "pendulums", "poisson"])
+def test_gallery(tmp_path, script):
+    output = run(tmp_path, script, "--quick")  # which fails where a claim does not hold
+    claims = re.findall(r"^.{58} *([\d.e+-]+)  \(at most ([\d.e+-]+)\)$", output, re.MULTILINE)
+    assert len(claims) >= 2
+    assert all(float(value) <= float(limit) for value, limit in claims)
+    assert imread(tmp_path / f"{script}.png").std() > 0.05
+
+
+def test_a_claim_that_does_not_hold_is_an_error(capsys):
+    gallery = importlib.import_module("gallery")
+    gallery.check("error", 0.5, 1.0)
+    assert "5.00e-01  (at most 1e+00)" in capsys.readouterr().out
+    for value in (1.5, float("nan")):
+        with pytest.raises(RuntimeError, match=r"error: .*, more than 1\.0"):
+            gallery.check("error", value, 1.0)
+
+
+@pytest.mark.long
 def test_finetune_text_encoder(tmp_path):
     output = run(tmp_path, "finetune_text_encoder", "--quick")
     frozen, tuned = numbers(output, "frozen encoder, JAX head"), numbers(output, "fine-tuned")

@@ -9,22 +9,19 @@ import jax
 import torch
 
 from ..internals import is_tracing, is_wrapped, view_as_array, view_as_tensor
-from ..process.once import Once
+from ..process.nesting import depth_here
 from ..values import dtypes
-from ..values.arrays import array_to_torch, tensor_to_jax
+from ..values.arrays import array_to_torch, as_jax_has_it
+from ..values.device import CPUS
 from .call import JaxCall
 from .errors import failure
-
-_cpu = Once(lambda: jax.local_devices(backend="cpu")[0])
-"""Where tensors on the CPU are for JAX, also where its default device is another."""
-
 
 _is_forked = False
 
 
 def _notice_fork() -> None:
     global _is_forked
-    _is_forked = _is_forked or _cpu.is_made()
+    _is_forked = _is_forked or CPUS.are_used()
 
 
 if hasattr(os, "register_at_fork"):
@@ -73,11 +70,15 @@ def _array(tensor: torch.Tensor, dtype: torch.dtype, call: JaxCall) -> jax.Array
     if tensor.dtype != dtype:
         if dtypes.is_inexact_tensor(tensor) or dtypes.canonical(tensor.dtype) != dtypes.to_jax_dtype(dtype):
             raise RuntimeError(f"{call.name} was traced for an operand of {dtype}, and is given {tensor.dtype}.")
-        return tensor_to_jax(tensor.contiguous(), name=f"an operand of {call.name}")  # 64 bits, where JAX has 32
+        tensor = as_jax_has_it(tensor, copy=False, name=f"an operand of {call.name}")  # 64 bits, where JAX has 32
     if is_wrapped(tensor):
         tensor = tensor.detach()  # a transform that is over leaves its wrapper behind
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
     if not tensor.is_contiguous():  # a layout of its own would be a compilation of its own
         tensor = tensor.contiguous()
-    return view_as_array(tensor, _cpu()) if tensor.is_cpu else jax.dlpack.from_dlpack(tensor.detach())
+    depth = depth_here()
+    if depth and not tensor.untyped_storage().resizable():
+        # XLA's own, for as long as the torch call runs that this is in; the program lets go of it some time after that.
+        tensor = tensor.clone()
+    return view_as_array(tensor, CPUS.at(depth)) if tensor.is_cpu else jax.dlpack.from_dlpack(tensor.detach())

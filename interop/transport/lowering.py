@@ -22,9 +22,11 @@ from jax.interpreters import mlir
 
 from ..calls.call import TorchCall
 from ..calls.handles import BY_PLACE
+from ..internals import devices_of
 from ..process.once import Once
 from ..types import Aval
 from ..values import dtypes
+from ..values.device import CPUS
 from . import threads
 from .handle_flow import flow_of
 from .program import Program, is_complex, part_avals, program_of, run_program, uses_captured_tensors, wait_until_idle
@@ -52,8 +54,11 @@ def carrier(
         module.add_keepalive(call)
     platforms = set(module.platforms)
     if platforms <= _registered_platforms():
+        depth = CPUS.depth_of(devices_of(module.axis_context))
         flow = flow_of(module) if repeats and platforms & BY_PLACE and parts is None else None
-        return functools.partial(_ffi_call, call, program_of(call, repeats=repeats, flow=flow, parts=parts))
+        return functools.partial(
+            _ffi_call, call, program_of(call, repeats=repeats, depth=depth, flow=flow, parts=parts)
+        )
     return functools.partial(_host_call, call, program_of(call, repeats=repeats, parts=parts))
 
 

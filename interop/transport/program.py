@@ -25,6 +25,7 @@ from ..calls.residuals import discard, hand_over, in_part
 from ..errors import TorchCallError, runtime_message
 from ..internals import storage_holders
 from ..modes.autocast import without_inference
+from ..process.nesting import run_at
 from ..replay.repeated import ops_alone
 from ..types import Aval, Tensors
 from ..values.memory import storage_of
@@ -33,14 +34,19 @@ from .handle_flow import HandleFlow
 
 _numbers = itertools.count(secrets.randbits(62))
 _running: list[int] = []
-_programs: "weakref.WeakKeyDictionary[TorchCall, dict[bool, Program]]" = weakref.WeakKeyDictionary()
+_programs: "weakref.WeakKeyDictionary[TorchCall, dict[tuple[bool, int], Program]]" = weakref.WeakKeyDictionary()
 _by_number: "dict[int, Program]" = {}
 
 
 def program_of(
-    call: TorchCall, *, repeats: bool, flow: HandleFlow | None = None, parts: tuple[int, ...] | None = None
+    call: TorchCall,
+    *,
+    repeats: bool,
+    depth: int = 0,
+    flow: HandleFlow | None = None,
+    parts: tuple[int, ...] | None = None,
 ) -> "Program":
-    """The program of a call, which is part of one that `repeats` it or stands alone.
+    """The program of a call, which is part of one that `repeats` it or stands alone, at a `depth` (`nesting.py`).
 
     With the `flow` of handles in one's module, a call that makes or takes one has a program of its own there; so has
     one of the `parts` into which a call is split.
@@ -50,9 +56,9 @@ def program_of(
     if flow is not None and (call.makes_handle or call.handle_operand is not None):
         return _enlist(call, InFlow(call, flow))
     programs = _programs.setdefault(call, {})
-    if repeats not in programs:
-        programs[repeats] = _enlist(call, Program(call, repeats=repeats))
-    return programs[repeats]
+    if (repeats, depth) not in programs:
+        programs[repeats, depth] = _enlist(call, Program(call, repeats=repeats, depth=depth))
+    return programs[repeats, depth]
 
 
 def _enlist(call: TorchCall, program: "Program") -> "Program":
@@ -105,8 +111,9 @@ _MOMENT = 0.02  # seconds
 class Program:
     """How a call reads operand buffers and writes result buffers; it does not keep the call alive."""
 
-    def __init__(self, call: TorchCall, *, repeats: bool):
+    def __init__(self, call: TorchCall, *, repeats: bool, depth: int = 0):
         self.number, self.call, self._repeats = next(_numbers), weakref.ref(call), repeats
+        self._depth = depth
         self._in_parts = [is_complex(aval) for aval in call.in_avals]
         self._n_buffers = len(self._in_parts) + sum(self._in_parts)
         self._makes_handle = call.makes_handle
@@ -116,7 +123,7 @@ class Program:
     def attempt(self, call: TorchCall, buffers: Tensors) -> str | None:
         """Run the call; an error as text, which holds no frame that views XLA's buffers."""
         try:
-            self.run(call, buffers)
+            run_at(self._depth + 1, lambda: self.run(call, buffers))
         except BaseException as exc:  # every exception of the user's code must cross XLA, SystemExit too
             return runtime_message(call.base.name, call.base.signature, exc)
         return None

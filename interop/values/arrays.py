@@ -75,7 +75,7 @@ def to_torch(tree: PyTree, *, copy: bool = False) -> PyTree:
 
 def tensor_to_jax(tensor: torch.Tensor, *, copy: bool = False, name: str = "the tensor") -> jax.Array:
     """`to_jax` of one tensor; `name` is how errors call it."""
-    return jax.dlpack.from_dlpack(_as_jax_has_it(tensor, copy=copy, name=name))
+    return jax.dlpack.from_dlpack(as_jax_has_it(tensor, copy=copy, name=name))
 
 
 def leaves_to_jax(tensors: Mapping[str, torch.Tensor], *, copy: bool = False) -> dict[str, jax.Array]:
@@ -86,7 +86,7 @@ def leaves_to_jax(tensors: Mapping[str, torch.Tensor], *, copy: bool = False) ->
     kind of XLA's (`gpu_memory.py`). With several CPU devices only memory in JAX's own layout is: XLA reads arrays in
     another one wrongly once they were put on other devices.
     """
-    dense = {name: _as_jax_has_it(tensor, copy=copy, name=name) for name, tensor in tensors.items()}
+    dense = {name: as_jax_has_it(tensor, copy=copy, name=name) for name, tensor in tensors.items()}
     on_cpu = {name: tensor for name, tensor in dense.items() if tensor.is_cpu}
     with jax.ensure_compile_time_eval():
         arrays = jax.device_put({name: _as_numpy(tensor) for name, tensor in on_cpu.items()})
@@ -100,7 +100,7 @@ def leaves_to_jax(tensors: Mapping[str, torch.Tensor], *, copy: bool = False) ->
     return {name: arrays[name] for name in dense}
 
 
-def _as_jax_has_it(tensor: torch.Tensor, *, copy: bool, name: str) -> torch.Tensor:
+def as_jax_has_it(tensor: torch.Tensor, *, copy: bool, name: str) -> torch.Tensor:
     """The tensor in a dtype and layout that JAX can view."""
     check_dense(tensor, f"to_jax: {name}", may_be_fake=False)
     wanted = dtypes.canonical(tensor.dtype)

@@ -7,7 +7,12 @@ import jax
 import torch
 from jax.core import Tracer
 
+from ..internals import another_cpu
+from ..process.nesting import Devices
+
 _CPU = torch.device("cpu")
+CPUS = Devices(lambda: jax.local_devices(backend="cpu")[0], another_cpu)
+"""Where tensors on the CPU are for JAX, also where its default device is another; for each depth (`nesting.py`)."""
 
 
 def device_here(operands: Iterable[Any]) -> torch.device:

@@ -13,6 +13,7 @@ def run_python(script: str, **environment: str) -> str:
         env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
         capture_output=True,
         text=True,
+        timeout=600,  # to hang is to fail
     )
     assert result.returncode == 0, result.stderr
     return result.stdout

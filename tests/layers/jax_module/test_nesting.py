@@ -171,3 +171,40 @@ def test_many_calls_at_once_in_one_program():
         """
     )
     assert out.strip() == "done"
+
+
+@pytest.mark.long
+def test_programs_within_programs_within_programs():
+    """Each depth has threads of its own, so that none waits for another's."""
+    out = run_python(
+        """
+        import jax, jax.numpy as jnp, torch, torchleaf
+        from torchleaf.interop.process import nesting
+
+        depths = set()
+
+        def square(x):
+            depths.add(nesting.depth_here())
+            return last(x) * 1
+
+        last = torchleaf.jax_function(lambda x: jnp.linalg.matrix_power(x, 2))
+        middle = torchleaf.torch_function(square)
+        first = torchleaf.jax_function(lambda x: sum(middle(x + i) for i in range(8)))
+        calls = [torchleaf.torch_function(lambda x, i=i: first(x + i).sum(0)) for i in range(8)]
+        x = jnp.eye(64)
+
+        def ours(x):
+            return sum(call(x) for call in calls)
+
+        def expected(x):
+            return sum(jnp.linalg.matrix_power(x + i + j, 2).sum(0) for i in range(8) for j in range(8))
+
+        for _ in range(4):
+            assert jnp.allclose(jax.jit(ours)(x), expected(x), rtol=1e-3)
+            gradient = jax.jit(jax.grad(lambda x: ours(x).sum()))(x)
+            assert jnp.allclose(gradient, jax.grad(lambda x: expected(x).sum())(x), rtol=1e-3)
+        assert 2 in depths, depths
+        print("done")
+        """
+    )
+    assert out.strip() == "done"

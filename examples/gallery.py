@@ -1,0 +1,51 @@
+"""What the scripts of the gallery share: the command line, progress bars, figures, claims that are checked."""
+
+import argparse
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+DARK, LIGHT, RED = "#08306b", "#9ecae1", "#cb181d"
+T = TypeVar("T")
+
+
+def parse_arguments(description: str | None, output: str) -> argparse.Namespace:
+    """The command line: `--quick` does the same with less, in seconds, and checks as much of it as then holds."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and data (%(default)s)")
+    parser.add_argument("--output", default=output, help="where the picture goes (%(default)s)")
+    return parser.parse_args()
+
+
+def progress(steps: Iterable[T], name: str) -> "Iterator[tuple[T, tqdm[Any]]]":
+    """The steps, with a bar on which the numbers of the moment can be shown: `bar.set_postfix(loss=...)`."""
+    bar = tqdm(steps, desc=name)
+    for step in bar:
+        yield step, bar
+
+
+def check(claim: str, value: float, limit: float) -> None:
+    """Print a claim with its number; raises `RuntimeError` unless that is below the limit."""
+    print(f"{claim:58}{value:12.2e}  (at most {limit:.0e})")
+    if not value <= limit:  # so that NaN fails too
+        raise RuntimeError(f"{claim}: {value}, more than {limit}.")
+
+
+def figure(panels: int) -> tuple[Figure, list[Axes]]:
+    """A row of panels."""
+    result = Figure(figsize=(4.2 * panels, 3.4), layout="constrained")
+    axes = list(result.subplots(1, panels, squeeze=False)[0])
+    for panel in axes:
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    return result, axes
+
+
+def save(picture: Figure, path: str) -> None:
+    """Write the picture, small enough for a page."""
+    picture.savefig(path, dpi=110)
+    print(f"{'picture':58}{path}")
