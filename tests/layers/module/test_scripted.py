@@ -180,15 +180,18 @@ def test_generated_code_is_not_compiled_again(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")  # torch's own
 def test_quantised_parts():
-    """Their weights are no parameters, and no gradient flows to them; one flows through the others."""
+    """Their weights are no parameters, and no gradient flows through them: torch would take it for zero."""
     quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(3, 3)), {nn.Linear}, dtype=torch.qint8)
-    module = nn.Sequential(nn.Linear(3, 3), quantised)
-    model, x = TorchModule(module, replay=False), from_torch(X)
-    call = eqx.filter_jit(model)
-    for _ in range(RUNS):
-        assert_trees_close(call(x), from_torch(module(X)))
-    grads = eqx.filter_grad(lambda m: weighted_sum(m(x)))(model)
+    x = from_torch(X)
+    for module in (nn.Sequential(nn.Linear(3, 3), quantised), nn.Sequential(quantised, nn.Linear(3, 3))):
+        call = eqx.filter_jit(TorchModule(module, replay=False))
+        for _ in range(RUNS):
+            assert_trees_close(call(x), from_torch(module(X)))
+    gradient = eqx.filter_grad(lambda m: weighted_sum(m(x)))
+    grads = gradient(TorchModule(nn.Sequential(quantised, module[1])))
     assert_trees_close(grads.params, torch_gradients_of(module, module, (X,), {})[0])
+    with pytest.raises(jax.errors.JaxRuntimeError, match="goes through quantized::linear_dynamic"):
+        gradient(TorchModule(nn.Sequential(module[1], quantised)))
 
 
 def test_frozen_code():
