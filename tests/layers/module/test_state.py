@@ -9,6 +9,7 @@ import optax
 import pytest
 import torch
 import torchleaf
+from torchleaf.interop.transport.program import wait_until_idle
 from compare import assert_trees_close, from_torch
 from custom_layers import ResNet18
 from module_reference import snapshot, torch_gradients_of
@@ -216,6 +217,7 @@ def test_a_hundred_steps_of_a_resnet_are_torchs_bit_for_bit():
     Such a small ResNet amplifies a change of the last bit to everything within twenty steps, in torch too. So nothing
     may differ: the loss is torch's, and the rate a power of two, with which optax's update rounds as torch's does.
     """
+    wait_until_idle()  # a proof that an earlier test left running switches oneDNN off, for all threads
     module, rate = ResNet18(width=2), 2.0**-6
     model, state = make(module, copy=True)
     optimizer, torch_optimizer = optax.sgd(rate), torch.optim.SGD(module.parameters(), lr=rate)
