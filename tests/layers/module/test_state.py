@@ -9,7 +9,6 @@ import optax
 import pytest
 import torch
 import torchleaf
-from torchleaf.interop.transport.program import wait_until_idle
 from compare import assert_trees_close, from_torch
 from custom_layers import ResNet18
 from module_reference import snapshot, torch_gradients_of
@@ -29,6 +28,7 @@ from stateful_layers import (
     some,
 )
 from torch import nn
+from torchleaf.interop.transport.program import wait_until_idle
 
 STEPS = 4
 
