@@ -1,7 +1,8 @@
 """What the examples on handwritten digits share: the data, the training in torch alone, the comparison, the plot."""
 
 import argparse
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import optax
@@ -24,6 +25,7 @@ class Digits(NamedTuple):
 
 
 Epoch = list[Digits]
+State = TypeVar("State")
 
 
 class History(NamedTuple):
@@ -80,6 +82,25 @@ def train_torch(
         with torch.no_grad():
             predicted = network(torch.from_numpy(test.images)).argmax(-1).numpy()
         accuracies.append(np.mean(predicted == test.labels))
+        progress.set_postfix(loss=f"{losses[-1]:.4f}", test_accuracy=f"{accuracies[-1]:.2%}")
+    return History(np.array(losses), np.array(accuracies))
+
+
+def train_jax(
+    state: State,
+    step: Callable[..., tuple[State, Any]],
+    accuracy: Callable[..., Any],
+    epochs: list[Epoch],
+    test: Digits,
+    name: str = "torchleaf",
+) -> History:
+    """Train in JAX: `step(state, images, labels)` gives the next state and the loss, `accuracy` what part is right."""
+    losses, accuracies = [], []
+    for batches in (progress := tqdm(epochs, desc=name, unit="epoch")):
+        for images, labels in batches:
+            state, loss = step(state, images, labels)
+            losses.append(loss)
+        accuracies.append(accuracy(state, *test))
         progress.set_postfix(loss=f"{losses[-1]:.4f}", test_accuracy=f"{accuracies[-1]:.2%}")
     return History(np.array(losses), np.array(accuracies))
 

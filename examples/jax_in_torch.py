@@ -15,7 +15,6 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import torch
 import torchleaf
@@ -29,10 +28,10 @@ from digits import (
     parse_arguments,
     plot,
     print_summary,
+    train_jax,
     train_torch,
 )
 from jaxtyping import Array, Float, Int, PyTree
-from tqdm import tqdm
 
 FEATURES = 32
 LEARNING_RATE = 5e-3
@@ -114,34 +113,27 @@ def make_jax_twin(classifier: torch.nn.Sequential) -> tuple[Weights, Flow]:
     return torchleaf.to_jax(weights, copy=True), flow
 
 
-def train_jax(model: PyTree, epochs: list[Epoch], test: Digits, schedule: optax.Schedule) -> History:
+def train_twin(model: PyTree, epochs: list[Epoch], test: Digits, schedule: optax.Schedule) -> History:
     """Train in JAX alone, with optax's AdamW."""
     optimizer = optax.adamw(schedule, weight_decay=WEIGHT_DECAY)
     params, static = eqx.partition(model, eqx.is_inexact_array)
-    opt_state = optimizer.init(params)
 
     def loss_fn(params: PyTree, images: Array, labels: Int[Array, " batch"]) -> Float[Array, ""]:
         scores = logits(eqx.combine(params, static), images)
         return optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
 
     @jax.jit
-    def step(params, opt_state, images, labels):
+    def step(state, images, labels):
+        params, opt_state = state
         loss, grads = jax.value_and_grad(loss_fn)(params, images, labels)
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss
+        return (optax.apply_updates(params, updates), opt_state), loss
 
     @jax.jit
-    def accuracy(params, images, labels):
-        return jnp.mean(jnp.argmax(logits(eqx.combine(params, static), images), axis=-1) == labels)
+    def accuracy(state, images, labels):
+        return jnp.mean(jnp.argmax(logits(eqx.combine(state[0], static), images), axis=-1) == labels)
 
-    losses, accuracies = [], []
-    for batches in (progress := tqdm(epochs, desc="pure JAX", unit="epoch")):
-        for images, labels in batches:
-            params, opt_state, loss = step(params, opt_state, images, labels)
-            losses.append(loss)
-        accuracies.append(accuracy(params, *map(jnp.asarray, test)))
-        progress.set_postfix(loss=f"{losses[-1]:.4f}", test_accuracy=f"{accuracies[-1]:.2%}")
-    return History(np.array(losses), np.array(accuracies))
+    return train_jax((params, optimizer.init(params)), step, accuracy, epochs, test, "pure JAX")
 
 
 def main() -> None:
@@ -157,7 +149,7 @@ def main() -> None:
     classifier = make_classifier(Flow(jax.random.key(arguments.seed)))
     twin = make_jax_twin(classifier)
     ours = train_torch(classifier, epochs, test, schedule, WEIGHT_DECAY, name="torchleaf")
-    theirs = train_jax(twin, epochs, test, schedule)
+    theirs = train_twin(twin, epochs, test, schedule)
     differences = compare(ours, theirs, other="pure JAX")
     label = "neural ODE in torch, torch.optim"
     plot(ours, theirs, differences, arguments.output, label, "Loss difference", other="pure JAX")

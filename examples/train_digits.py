@@ -12,7 +12,6 @@ import time
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import torch
 import torchleaf
@@ -26,10 +25,10 @@ from digits import (
     parse_arguments,
     plot,
     print_summary,
+    train_jax,
     train_torch,
 )
 from jaxtyping import Array, Float, Int
-from tqdm import tqdm
 
 FEATURES = 512
 LEARNING_RATE = 1e-2
@@ -87,33 +86,25 @@ def loss_fn(
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-@eqx.filter_jit
-def accuracy(model: Classifier, images: Float[Array, "n 1 8 8"], labels: Int[Array, " n"]) -> Float[Array, ""]:
-    """The fraction of images classified correctly."""
-    return jnp.mean(jnp.argmax(jax.vmap(model)(images), axis=-1) == labels)
-
-
-def train_jax(model: Classifier, epochs: list[Epoch], test: Digits, schedule: optax.Schedule) -> History:
+def train_classifier(model: Classifier, epochs: list[Epoch], test: Digits, schedule: optax.Schedule) -> History:
     """Train encoder and head together with optax."""
     optimizer = optax.adamw(schedule, weight_decay=WEIGHT_DECAY)
     # The optimizer gets trainable leaves only: weight decay would change buffers and frozen parameters too.
     params, static = eqx.partition(model, torchleaf.trainable(model))
-    opt_state = optimizer.init(params)
 
     @eqx.filter_jit
-    def step(params, static, opt_state, images, labels):
+    def step(state, images, labels):
+        params, opt_state = state
         loss, grads = eqx.filter_value_and_grad(loss_fn)(params, static, images, labels)
         updates, opt_state = optimizer.update(grads, opt_state, params)
-        return eqx.apply_updates(params, updates), opt_state, loss
+        return (eqx.apply_updates(params, updates), opt_state), loss
 
-    losses, accuracies = [], []
-    for batches in (progress := tqdm(epochs, desc="torchleaf", unit="epoch")):
-        for images, labels in batches:
-            params, opt_state, loss = step(params, static, opt_state, images, labels)
-            losses.append(loss)
-        accuracies.append(accuracy(eqx.combine(params, static), *map(jnp.asarray, test)))
-        progress.set_postfix(loss=f"{losses[-1]:.4f}", test_accuracy=f"{accuracies[-1]:.2%}")
-    return History(np.array(losses), np.array(accuracies))
+    @eqx.filter_jit
+    def accuracy(state, images, labels):
+        logits = jax.vmap(eqx.combine(state[0], static))(images)
+        return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
+
+    return train_jax((params, optimizer.init(params)), step, accuracy, epochs, test)
 
 
 def main() -> None:
@@ -128,7 +119,7 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     model = Classifier(jax.random.key(arguments.seed))
     twin = make_torch_twin(model)
-    ours = train_jax(model, epochs, test, schedule)
+    ours = train_classifier(model, epochs, test, schedule)
     theirs = train_torch(twin, epochs, test, schedule, WEIGHT_DECAY)
     differences = compare(ours, theirs)
     plot(ours, theirs, differences, arguments.output, "torch encoder in Equinox, optax", "Loss difference")

@@ -184,9 +184,9 @@ def ops_only() -> Any:
 @functools.cache
 def lacks_autograd(op: Any) -> bool:
     """Whether an op has kernels, and none for autograd, so that torch takes what it returns for a constant."""
-    keys, has_kernel = ("Autograd", "CompositeImplicitAutograd"), _C._dispatch_has_kernel_for_dispatch_key
-    by_device = ("AutogradCPU", "AutogradCUDA")
-    return _C._dispatch_has_kernel(op.name()) and not any(has_kernel(op.name(), key) for key in (*keys, *by_device))
+    keys, name = ("Autograd", "AutogradCPU", "AutogradCUDA", "CompositeImplicitAutograd"), op.name()
+    has_any = _C._dispatch_has_kernel(name)
+    return has_any and not any(_C._dispatch_has_kernel_for_dispatch_key(name, key) for key in keys)
 
 
 def in_torchscript() -> bool:

@@ -28,7 +28,7 @@ class Facts:
     device: torch.device
     """Where it is likely to run."""
     fakeable: bool
-    """Whether it can run on fake tensors, as fake runs do."""
+    """Whether it can run on fake tensors."""
     pure: bool
     """Whether it is known to do nothing but ops."""
     reads: tuple[Any, ...] | None

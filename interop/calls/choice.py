@@ -9,7 +9,7 @@ from ..errors import TorchCallError, quote
 from ..modes.fake_run import fake_run
 from ..wording import says_no_real_zeros
 from .lost_gradients import may_lose_gradients
-from .plan import CERTAIN, Plan, candidates, needs_audit
+from .plan import CERTAIN, Plan, candidates, is_certain
 from .proof import disagreement
 
 if TYPE_CHECKING:
@@ -69,8 +69,7 @@ class Choice:
             if failure is None:
                 break
             self._give_up(plan, quote(failure))
-        is_certain = not plan.core and (plan.audited or not needs_audit(call))
-        self.plan, self.is_final = plan, is_certain and not may_lose_gradients(call)
+        self.plan, self.is_final = plan, is_certain(plan, call) and not may_lose_gradients(call)
         try:
             _tell_of_loops(call, self)
         except TorchCallError:

@@ -49,6 +49,11 @@ def needs_audit(call: "Computation") -> bool:
     return len(call.derivatives) > 1 or "jvp" in call.derivatives
 
 
+def is_certain(plan: Plan, call: "Computation") -> bool:
+    """Whether a plan is right without a proof: torch.autograd and loops, looked at where they have to be."""
+    return not plan.core and (plan.audited or not needs_audit(call))
+
+
 def candidates(call: "Computation") -> Iterator[Plan]:
     """Plans for a call, the fastest first; the last raises where torch has no derivative."""
     levels = call.levels()

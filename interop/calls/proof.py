@@ -21,7 +21,7 @@ from ..values.dtypes import is_inexact_tensor, precision_of
 from . import reverse
 from .lost_gradients import refuse_lost_gradients
 from .own_functions import applications, with_wrong_gradients
-from .plan import Plan, needs_audit
+from .plan import Plan, is_certain
 
 if TYPE_CHECKING:
     from ..types import Tensors
@@ -47,7 +47,7 @@ def disagreement(call: "Computation", plan: Plan, tensors: "Tensors") -> str | N
     with without_transforms(), host_generators_kept():
         operands = _with_directions(small, operands)
         refuse_lost_gradients(small, operands)
-        if not plan.core and (plan.audited or not needs_audit(small)):
+        if is_certain(plan, small):
             return None
         if len(call.derivatives) < 2:
             return _objection(small, plan, operands)

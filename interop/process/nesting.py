@@ -23,17 +23,17 @@ def depth_here() -> int:
     return _here.depth
 
 
-def run_at(depth: int, work: Callable[[], Any]) -> Any:
-    """What `work` returns, run in this thread at a depth."""
+def run_at(depth: int, work: Callable[..., Any], *args: Any) -> Any:
+    """What `work(*args)` returns, run in this thread at a depth."""
     before, _here.depth = _here.depth, depth
     try:
-        return work()
+        return work(*args)
     finally:
         _here.depth = before
 
 
 class Devices:
-    """A device for each depth.
+    """A device for each depth, made when it is first asked for.
 
     **Arguments:**
 
@@ -43,28 +43,22 @@ class Devices:
 
     def __init__(self, first: Callable[[], Any], another: Callable[[], Any]):
         self._first, self._another = first, another
-        self._others: list[Any] = []
-        self._used = False
+        self._made: list[Any] = []
         self._lock = threading.Lock()
-        atexit.register(self._others.clear)
+        atexit.register(self._made.clear)
 
     def at(self, depth: int) -> Any:
         """The device at a depth."""
-        self._used = True
-        if not depth:
-            return self._first()
-        if len(self._others) < depth:
+        if len(self._made) <= depth:
             with self._lock:
-                while len(self._others) < depth:
-                    self._others.append(self._another())
-        return self._others[depth - 1]
+                while len(self._made) <= depth:
+                    self._made.append(self._another() if self._made else self._first())
+        return self._made[depth]
 
     def are_used(self) -> bool:
         """Whether somebody has asked for one."""
-        return self._used
+        return bool(self._made)
 
     def depth_of(self, devices: Sequence[Any]) -> int:
         """The depth of programs that are compiled for some devices."""
-        if not (self._others and devices):
-            return 0
-        return next((i + 1 for i, other in enumerate(self._others) if other is devices[0]), 0)
+        return next((i for i, made in enumerate(self._made) if devices and made is devices[0]), 0)

@@ -56,9 +56,8 @@ def carrier(
     if platforms <= _registered_platforms():
         depth = CPUS.depth_of(devices_of(module.axis_context))
         flow = flow_of(module) if repeats and platforms & BY_PLACE and parts is None else None
-        return functools.partial(
-            _ffi_call, call, program_of(call, repeats=repeats, depth=depth, flow=flow, parts=parts)
-        )
+        program = program_of(call, repeats=repeats, depth=depth, flow=flow, parts=parts)
+        return functools.partial(_ffi_call, call, program)
     return functools.partial(_host_call, call, program_of(call, repeats=repeats, parts=parts))
 
 

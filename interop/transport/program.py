@@ -123,7 +123,7 @@ class Program:
     def attempt(self, call: TorchCall, buffers: Tensors) -> str | None:
         """Run the call; an error as text, which holds no frame that views XLA's buffers."""
         try:
-            run_at(self._depth + 1, lambda: self.run(call, buffers))
+            run_at(self._depth + 1, self.run, call, buffers)
         except BaseException as exc:  # every exception of the user's code must cross XLA, SystemExit too
             return runtime_message(call.base.name, call.base.signature, exc)
         return None

@@ -17,7 +17,7 @@ def remarks(made: Iterable[Ours], caught: Iterable[WarningMessage]) -> list[str]
     warned = [text for text in said if text.startswith(_OURS[0]) or _OURS[1] in text]
     functions = [function for ours in made for function in ours.wrapped.functions()]
     calls = [call for function in functions for call in function.calls()]
-    carried = [_carried(function.name, function.carried()) for function in functions if function.carried()]
+    carried = [_carried(function.name, ops) for function in functions if (ops := function.carried())]
     return list(dict.fromkeys([*warned, *_of_calls(calls), *carried]))
 
 

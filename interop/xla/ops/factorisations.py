@@ -49,7 +49,7 @@ def lu(x: Any, *, pivot: bool = True) -> Any:
     return jnp.swapaxes(jnp.eye(x.shape[-2], dtype=x.dtype)[at], -1, -2), *_factors(found)
 
 
-@op("linalg_lu_solve", "lu_solve_")
+@op("linalg_lu_solve")
 def lu_solve(lu: Any, pivots: Any, b: Any, *, left: bool = True, adjoint: bool = False) -> Any:
     """A system by the LU factors of its matrix."""
     if not left:  # x a = b is a* x* = b*

@@ -1,5 +1,7 @@
 """Functions of several numbers each, and those that have options."""
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,28 +23,21 @@ def where(condition: Any, x: Any, y: Any, *, out: Any) -> Any:
 def clamp(x: Any, low: Any = None, high: Any = None, *, out: Any) -> Any:
     """Within bounds; on them, the derivative is that of `x`, or as torch has it from 2.14 on."""
     dtype = computing_dtype(out, *(a for a in (x, low, high) if a is not None))
-    bounds = tuple(None if a is None else cast(a, dtype) for a in (low, high))
-    if not HALVES:
-        return _clamp(cast(x, dtype), *bounds)
     by_arrays = is_array(low) or is_array(high)
-    return (_clamp_by_arrays if by_arrays else _clamp_by_numbers)(cast(x, dtype), *bounds)
+    x, low, high = (None if a is None else cast(a, dtype) for a in (x, low, high))
+    if HALVES and by_arrays:
+        return _halved_on_bounds(x, low, high)
+    below, above = (operator.le, operator.ge) if HALVES else (operator.lt, operator.gt)  # a number has no derivative
+    return _clamped(x, low, high, below, above)
 
 
-def _clamp(x: Any, low: Any, high: Any) -> Any:
-    """On a bound, the derivative is that of `x`."""
+def _clamped(x: Any, low: Any, high: Any, below: Callable[..., Any], above: Callable[..., Any]) -> Any:
     if low is not None:
-        x = jnp.where((x < low) | jnp.isnan(low), low, x)
-    return x if high is None else jnp.where((x > high) | jnp.isnan(high), high, x)
+        x = jnp.where(below(x, low) | jnp.isnan(low), low, x)
+    return x if high is None else jnp.where(above(x, high) | jnp.isnan(high), high, x)
 
 
-def _clamp_by_numbers(x: Any, low: Any, high: Any) -> Any:
-    """On a bound, the derivative is zero."""
-    if low is not None:
-        x = jnp.where((x <= low) | jnp.isnan(low), low, x)
-    return x if high is None else jnp.where((x >= high) | jnp.isnan(high), high, x)
-
-
-def _clamp_by_arrays(x: Any, low: Any, high: Any) -> Any:
+def _halved_on_bounds(x: Any, low: Any, high: Any) -> Any:
     """On a bound, `x` and the bound have half of the derivative each; where bounds are equal, one has all of it."""
     y = x if low is None else jnp.maximum(x, low)
     y = y if high is None else jnp.minimum(y, high)

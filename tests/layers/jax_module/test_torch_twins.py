@@ -7,28 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchleaf
-from flax import linen, nnx
-
-KEY = jax.random.key(0)
-
-
-class Block(eqx.Module):
-    """A transformer block, for one sequence."""
-
-    attention: eqx.nn.MultiheadAttention
-    norms: list[eqx.nn.LayerNorm]
-    mlp: eqx.nn.MLP
-
-    def __init__(self, key):
-        first, second = jax.random.split(key)
-        self.attention = eqx.nn.MultiheadAttention(2, 8, use_query_bias=True, use_output_bias=True, key=first)
-        self.norms = [eqx.nn.LayerNorm(8), eqx.nn.LayerNorm(8)]
-        self.mlp = eqx.nn.MLP(8, 8, 16, 1, activation=jax.nn.gelu, key=second)
-
-    def __call__(self, x):
-        y = jax.vmap(self.norms[0])(x)
-        x = x + self.attention(y, y, y)
-        return x + jax.vmap(self.mlp)(jax.vmap(self.norms[1])(x))
+from flax import nnx
+from jax_models import KEY, NNXCNN, Attention, LinenCNN, rnn, rnn_params
 
 
 def linear(p, name, x):
@@ -51,45 +31,17 @@ def block(p, x):
     return x + mlp(p, norm(1, x), "mlp.layers", lambda y: F.gelu(y, approximate="tanh"))
 
 
-class LinenCNN(linen.Module):
-    @linen.compact
-    def __call__(self, x, train):
-        x = linen.Conv(4, (3, 3), strides=2)(x)
-        x = linen.BatchNorm(use_running_average=not train, momentum=0.9)(x)
-        x = linen.Dropout(0.0, deterministic=not train)(linen.silu(x))
-        return linen.Dense(3)(x.mean((1, 2)))
-
-
-class NNXCNN(nnx.Module):
-    def __init__(self, rngs):
-        self.conv = nnx.Conv(1, 4, (3, 3), strides=2, rngs=rngs)
-        self.norm = nnx.BatchNorm(4, momentum=0.9, rngs=rngs)
-        self.dropout = nnx.Dropout(0.0, rngs=rngs)
-        self.head = nnx.Linear(4, 3, rngs=rngs)
-
-    def __call__(self, x):
-        return self.head(self.dropout(nnx.silu(self.norm(self.conv(x)))).mean((1, 2)))
-
-
 def cnn(conv, norm, statistics, head):
     """A CNN by the names that its layers have."""
 
     def call(p, x, train):
         kernel = p[f"{conv}.kernel"].permute(3, 2, 0, 1)
-        x = F.conv2d(F.pad(x.permute(0, 3, 1, 2), (0, 1, 0, 1)), kernel, p[f"{conv}.bias"], stride=2)
+        x = F.conv2d(x.permute(0, 3, 1, 2), kernel, p[f"{conv}.bias"], padding=1)
         mean, var = p[f"{statistics}.mean"].clone(), p[f"{statistics}.var"].clone()
         x = F.batch_norm(x, mean, var, p[f"{norm}.scale"], p[f"{norm}.bias"], training=train)
-        return F.silu(x).mean((2, 3)) @ p[f"{head}.kernel"] + p[f"{head}.bias"]
+        return F.relu(x).mean((2, 3)) @ p[f"{head}.kernel"] + p[f"{head}.bias"]
 
     return call
-
-
-def rnn(params, xs):
-    def step(h, x):
-        h = jnp.tanh(h @ params["hidden"] + x @ params["input"] + params["bias"])
-        return h, h
-
-    return jax.lax.scan(step, jnp.zeros(4, xs.dtype), xs)[0]
 
 
 def torch_rnn(p, xs):
@@ -97,11 +49,6 @@ def torch_rnn(p, xs):
     for x in xs:
         h = torch.tanh(h @ p["hidden"] + x @ p["input"] + p["bias"])
     return h
-
-
-def rnn_params():
-    shapes = {"hidden": (4, 4), "input": (8, 4), "bias": (4,)}
-    return {name: jax.random.normal(KEY, shape) / 3 for name, shape in shapes.items()}
 
 
 def wave(params, x):
@@ -118,7 +65,8 @@ def wave_params():
 
 
 def linen_cnn():
-    return torchleaf.JaxModule(LinenCNN(), LinenCNN().init(KEY, jnp.ones((2, 6, 6, 1)), False))
+    module = LinenCNN(rate=0.0)
+    return torchleaf.JaxModule(module, module.init(KEY, jnp.ones((2, 6, 6, 1)), False))
 
 
 def in_mode(twin, training):
@@ -128,14 +76,14 @@ def in_mode(twin, training):
 LINEN, NNX = ("Conv_0", "BatchNorm_0", "batch_stats.BatchNorm_0", "Dense_0"), ("conv", "norm", "norm", "head")
 TWINS = {
     "mlp": (lambda: torchleaf.JaxModule(eqx.nn.MLP(3, 2, 16, 1, jax.nn.relu, key=KEY)), mlp, (3,), True),
-    "transformer block": (lambda: torchleaf.JaxModule(Block(KEY)), block, (5, 8), True),
+    "transformer block": (lambda: torchleaf.JaxModule(Attention(KEY)), block, (5, 8), True),
     "scanned rnn": (lambda: torchleaf.JaxModule(rnn, rnn_params()), torch_rnn, (5, 8), True),
     "complex": (lambda: torchleaf.JaxModule(wave, wave_params()), torch_wave, (4, 3), True),
 }
 for mode in (True, False):
     name = "training" if mode else "evaluation"
     TWINS[f"linen cnn in {name}"] = (linen_cnn, in_mode(cnn(*LINEN), mode), (2, 6, 6, 1), mode)
-    make_nnx = lambda: torchleaf.JaxModule(NNXCNN(nnx.Rngs(0)))  # noqa: E731
+    make_nnx = lambda: torchleaf.JaxModule(NNXCNN(nnx.Rngs(0), rate=0.0))  # noqa: E731
     TWINS[f"nnx cnn in {name}"] = (make_nnx, in_mode(cnn(*NNX), mode), (2, 6, 6, 1), mode)
 
 
