@@ -321,11 +321,17 @@ def is_grads_batch(tensor: torch.Tensor) -> bool:
     return _functorch.is_legacy_batchedtensor(tensor)
 
 
-def grads_batch_level() -> int:
-    """The level of those batches that is innermost."""
-    level = _C._vmapmode_increment_nesting() - 1
-    _C._vmapmode_decrement_nesting()
-    return level
+def grads_batch_level(batch: torch.Tensor) -> int:
+    """The innermost level of such a batch, also in autograd's own threads, which know nothing of levels."""
+    return next(level for level in range(_MOST_LEVELS, 0, -1) if _has_level(batch, level))
+
+
+_MOST_LEVELS = 64
+
+
+def _has_level(batch: torch.Tensor, level: int) -> bool:
+    """Without it torch expands what it is given, to size 0 here."""
+    return _C._VariableFunctions._remove_batch_dim(batch, level, 0, 0).shape[0] != 0
 
 
 def grads_of_batch(tensor: torch.Tensor, level: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ from ..values.arrays import array_to_torch, check_dense
 from ..values.names import argument_names, signature_of
 from ..values.statics import static_key
 from ..values.trees import flatten_registering
+from .settings import settings_here
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -46,7 +47,7 @@ class Arguments:
             self.treedef,
             tuple(entries),
             tuple(self.key_impls.items()),
-            jax.config.jax_enable_x64,  # pyright: ignore[reportAttributeAccessIssue]
+            settings_here(),
         )
 
     def _static(self, index: int, leaf: Any) -> Any:

@@ -11,6 +11,7 @@ from jax.core import Tracer
 
 from ..values.dtypes import is_inexact, to_torch_dtype
 from .errors import failure
+from .settings import entered, settings_here
 
 Flat = Callable[..., Sequence[Any]]
 
@@ -25,7 +26,7 @@ class JaxCall:
     def __init__(self, fn: Flat, avals: Sequence[jax.ShapeDtypeStruct], name: str):
         self.fn, self.avals, self.name = fn, tuple(avals), name
         self.dtypes = tuple(to_torch_dtype(a.dtype) for a in self.avals)
-        self.x64: bool = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+        self.settings = settings_here()
         self._made: dict[Any, Any] = {}
         self._making = threading.RLock()
         try:
@@ -51,7 +52,7 @@ class JaxCall:
         if key not in self._made:
             with self._making:
                 if key not in self._made:
-                    with jax.enable_x64(self.x64):
+                    with entered(self.settings):
                         self._made[key] = make()
         return self._made[key]
 

@@ -11,10 +11,11 @@ import torch
 from ..internals import is_tracing, is_wrapped, view_as_array, view_as_tensor
 from ..process.nesting import depth_here
 from ..values import dtypes
-from ..values.arrays import array_to_torch, as_jax_has_it
+from ..values.arrays import array_to_torch, as_jax_has_it, is_aligned
 from ..values.device import CPUS
 from .call import JaxCall
 from .errors import failure
+from .settings import entered, settings_here
 
 _is_forked = False
 
@@ -36,7 +37,7 @@ def run(call: JaxCall, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, .
             "and it would wait for them forever. Start the process by `spawn` instead: "
             "`DataLoader(..., multiprocessing_context='spawn')`, `torch.multiprocessing.get_context('spawn')`."
         )
-    if is_tracing() or jax.config.jax_enable_x64 != call.x64:  # pyright: ignore[reportAttributeAccessIssue]
+    if is_tracing() or settings_here() != call.settings:
         with _surroundings(call):
             return _run(call, tensors)
     return _run(call, tensors)
@@ -60,7 +61,7 @@ def _run(call: JaxCall, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, 
 def _surroundings(call: JaxCall) -> contextlib.AbstractContextManager[Any]:
     """JAX as it was when the call was made, outside of traces: backward runs wherever torch wants."""
     stack = contextlib.ExitStack()
-    stack.enter_context(jax.enable_x64(call.x64))
+    stack.enter_context(entered(call.settings))
     if is_tracing():
         stack.enter_context(jax.ensure_compile_time_eval())
     return stack
@@ -75,8 +76,8 @@ def _array(tensor: torch.Tensor, dtype: torch.dtype, call: JaxCall) -> jax.Array
         tensor = tensor.detach()  # a transform that is over leaves its wrapper behind
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
-    if not tensor.is_contiguous():  # a layout of its own would be a compilation of its own
-        tensor = tensor.contiguous()
+    if not (tensor.is_contiguous() and is_aligned(tensor)):  # a layout of its own would be a compilation of its own
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
     depth = depth_here()
     if depth and not tensor.untyped_storage().resizable():
         # XLA's own, for as long as the torch call runs that this is in; the program lets go of it some time after that.

@@ -35,8 +35,9 @@ def run_or_trace(call: JaxCall, tensors: Sequence[torch.Tensor]) -> tuple[torch.
 
 def _for_each(call: JaxCall, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """The call for each of the gradients of `torch.autograd.grad(is_grads_batched=True)`."""
-    level = grads_batch_level()
-    is_batch = [is_grads_batch(x) for x in tensors]
+    levels = [grads_batch_level(x) if is_grads_batch(x) else 0 for x in tensors]
+    level = max(levels)
+    is_batch = [x == level for x in levels]
     plain = [grads_of_batch(x, level) if batch else x for x, batch in zip(tensors, is_batch, strict=True)]
     size = next(x.shape[0] for x, batch in zip(plain, is_batch, strict=True) if batch)
     outs = run_or_trace(call.vmap(tuple(0 if batch else None for batch in is_batch), size), plain)

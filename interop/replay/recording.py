@@ -21,7 +21,7 @@ from ..modes.dispatch import Mode
 from ..modes.guard import Exposure
 from ..modes.random import draws
 from ..values.memory import is_plain, memory_key, storage_of
-from .steps import Memory, Part, Slot, Step
+from .steps import Memory, Part, Result, Slot, Step
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -65,7 +65,7 @@ class Recorder(Mode):
             self.failure = "the outputs are too large to be compared"
         if self.failure is None:
             part.outputs = [self._slot(x) for x in outputs]
-            part.results = [x.detach().clone(memory_format=torch.contiguous_format) for x in outputs]
+            part.results = [Result(x) for x in outputs]
         self._slots = {key: slot for key, slot in self._slots.items() if key[0] not in self._borrowed}
         self._known = {address: n for address, n in self._known.items() if address not in self._borrowed}
         self._borrowed = set()

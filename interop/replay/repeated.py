@@ -134,10 +134,10 @@ def _proven(codes: tuple[Code, ...], recorder: Recorder, inputs: Tensors) -> tup
     kept: list[torch.Tensor] = []
     replays = tuple(code.compile() for code in codes)
     for part, run in zip(recorder.parts, replays, strict=True):
-        results = [torch.empty_like(x) for x in part.results]
+        results = [x.empty() for x in part.results]
         with ops_alone():
             kept = run(kept, *inputs[: len(part.inputs)], *results)
-        if not all(map(_agree, results, part.results)):
+        if not all(_agree(found, x.value()) for found, x in zip(results, part.results, strict=True)):
             return None
     return replays
 

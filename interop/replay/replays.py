@@ -74,7 +74,7 @@ class Code:
         """Whether Python has read values."""
         self.source = "\n    ".join(self._lines(steps, inputs, len(part.outputs)))
         self._made_bytes = sum(self._memory[slot.number].n_bytes for step in steps for slot in step.results if slot)
-        self._is_on_gpu = any(x.is_cuda for x in part.results)
+        self._is_on_gpu = any(x.is_on_gpu for x in part.results)
 
     def same_as(self, other: "Code") -> bool:
         """Whether both do the same. Each holds its constants, so equal addresses are of the same tensors."""

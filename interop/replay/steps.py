@@ -80,5 +80,28 @@ class Part:
     inputs: list[Slot]
     steps: list[Step] = field(default_factory=list)
     outputs: list[Slot] = field(default_factory=list)
-    results: list[torch.Tensor] = field(default_factory=list)
+    results: "list[Result]" = field(default_factory=list)
     """What the outputs were."""
+
+
+_LARGE = 2**24  # bytes
+
+
+class Result:
+    """What an output was, until a replay has been compared with it; in the host's memory if it is large, as the GPU's
+    may be needed."""
+
+    def __init__(self, output: torch.Tensor):
+        self.is_on_gpu, output = output.is_cuda, output.detach()
+        to_host = self.is_on_gpu and output.nbytes >= _LARGE
+        contiguous = torch.contiguous_format
+        self._copy = output.to("cpu", memory_format=contiguous) if to_host else output.clone(memory_format=contiguous)
+        self._device = output.device
+
+    def empty(self) -> torch.Tensor:
+        """Memory for another run's."""
+        return torch.empty_like(self._copy, device=self._device)
+
+    def value(self) -> torch.Tensor:
+        """It, where it was."""
+        return self._copy.to(self._device)

@@ -110,7 +110,7 @@ def as_jax_has_it(tensor: torch.Tensor, *, copy: bool, name: str) -> torch.Tenso
         if tensor.dtype in _WIDE_INTEGERS and tensor.numel():
             check_range(tensor.cpu().numpy(), wanted, f"to_jax: {name}")
         tensor, copy = tensor.to(dtypes.to_torch_dtype(wanted)), False
-    if copy or not _is_dense(tensor) or (tensor.is_cuda and tensor.data_ptr() % _GPU_ALIGNMENT):
+    if copy or not (_is_dense(tensor) and is_aligned(tensor)):
         tensor = tensor.clone(memory_format=torch.contiguous_format)
     return tensor
 
@@ -180,9 +180,15 @@ def _is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
+def is_aligned(tensor: torch.Tensor) -> bool:
+    """Whether XLA's programs take a tensor where it is: those for GPUs refuse other addresses, which JAX does not look
+    at; weights of cuDNN's have them, and parts of tensors.
+    """
+    return not tensor.is_cuda or tensor.data_ptr() % _GPU_ALIGNMENT == 0
+
+
 _WIDE_INTEGERS = (torch.int64, torch.uint64)
-_GPU_ALIGNMENT = 16
-"""Bytes. XLA's programs for GPUs refuse other addresses, which JAX does not look at; weights of cuDNN's have them."""
+_GPU_ALIGNMENT = 16  # bytes
 
 
 def check_range(values: np.ndarray, wanted: np.dtype, name: str) -> None:

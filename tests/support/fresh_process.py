@@ -6,14 +6,14 @@ import sys
 import textwrap
 
 
-def run_python(script: str, **environment: str) -> str:
-    """What the indented `script` prints; its errors and warnings fail the test that runs it."""
+def run_python(script: str, *, seconds: float = 600, **environment: str) -> str:
+    """What the indented `script` prints; its errors and warnings fail the test that runs it, as does a wait for ever."""
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(script)],
         env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
         capture_output=True,
         text=True,
-        timeout=600,  # to hang is to fail
+        timeout=seconds,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout

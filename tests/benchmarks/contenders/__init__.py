@@ -26,6 +26,7 @@ CONTENDERS = {
     "torchleaf-recompute": Contender(
         "torchleaf", {"residuals": "recompute"}, ("torchleaf", "torch", "jax", "jaxlib", "jax-tvm-ffi")
     ),
+    "torchleaf-xla": Contender("torchleaf", {"engine": "xla"}, ("torchleaf", "torch", "jax", "jaxlib", "jax-tvm-ffi")),
     "wrap-torch2jax": Contender("torch2jax", distributions=("wrap-torch2jax", "torch", "jax", "jaxlib")),
     "torch-jax-interop": Contender("torch_jax_interop", distributions=("torch-jax-interop", "torch", "jax", "jaxlib")),
     "torchax": Contender("torchax", distributions=("torchax", "torch", "jax", "jaxlib")),

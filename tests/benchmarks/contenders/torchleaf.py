@@ -9,8 +9,8 @@ from cases import Case, Task
 from steps import Step
 
 
-def build(case: Case, task: Task, residuals: str) -> Step:
-    model = torchleaf.TorchModule(place.module(case.module()), residuals=residuals)
+def build(case: Case, task: Task, **options: str) -> Step:
+    model = torchleaf.TorchModule(place.module(case.module()), **options)
 
     def apply(params: jax_programs.Params, *inputs: jax.Array) -> jax.Array:
         return eqx.tree_at(lambda m: m.params, model, params)(*inputs)

@@ -4,9 +4,13 @@ import torch
 
 _OF_THE_CPU = {
     "test_another_process_with_more_threads_draws_the_same": "of threads of the CPU",
+    "test_autocast": "autocast of the CPU",
     "test_checkpoint_recomputes_what_it_does_in_jax[remat-everything_saveable]": "no graph crosses a `remat` on a GPU",
+    "test_devices": "moves between the CPU and others",
     "test_gradients_have_the_bits_of_torch": "takes NumPy arrays of tensors",
     "test_leaves_outlive_the_torch_module": "takes NumPy arrays of tensors",
+    "test_no_copy_on_the_way_in_or_out": "looks into how the CPU's memory is shared",
+    "test_operands_on_two_devices": "of the CPU and another one",
     "test_packed_sequence_converts": "torch wants lengths on the CPU",
     "test_packed_sequences_of_other_lengths_are_other_signatures": "torch wants lengths on the CPU",
     "test_packing_inside_a_module": "torch wants lengths on the CPU",
