@@ -176,18 +176,15 @@ x = jax.device_put(np.random.default_rng(1).normal(size=(32, 64)).astype("f"))
 loss = lambda w, x: jnp.sum(fn(w, x) ** 2)
 right = lambda w, x: jnp.sum((jnp.tanh(2 * x @ w) + x) ** 2)
 for transform in (jax.jit, lambda f: jax.jit(jax.value_and_grad(f))):
-    expected = transform(right)(w, x)
-    for _ in range(5):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), transform(loss)(w, x), expected)
-    step = transform(loss)
-    for _ in range(5):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), step(w, x), expected)
+    expected, step = transform(right)(w, x), transform(loss)
+    for found in (transform(loss)(w, x), *(step(w, x) for _ in range(5))):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), found, expected)
 print("nested: ok")
 """
 
 
 def test_jax_in_torch_in_jax():
-    """Compiled and autotuned while the program that it is in runs: in a process of its own, where it can wait for ever."""
+    """Compiled and autotuned while the program that it is in runs: in a process of its own, as it might hang."""
     assert "nested: ok" in run_python(NESTED, seconds=80, JAX_PLATFORMS="cuda,cpu")
 
 

@@ -1,4 +1,4 @@
-"""`engine="xla"` on a GPU: torch's values with torch's tensors on the GPU or on the CPU, ops that torch computes, keys."""
+"""`engine="xla"` on a GPU: torch's values, with its tensors there or on the CPU; ops that torch computes; keys."""
 
 import equinox as eqx
 import jax

@@ -7,7 +7,7 @@ import textwrap
 
 
 def run_python(script: str, *, seconds: float = 600, **environment: str) -> str:
-    """What the indented `script` prints; its errors and warnings fail the test that runs it, as does a wait for ever."""
+    """What the indented `script` prints; its errors and warnings fail the test that runs it, and a hang."""
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(script)],
         env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},

@@ -1,5 +1,4 @@
-"""Derivatives that torch computes elsewhere, as on a GPU: in threads of autograd's own, which know nothing of the user's
-settings, and later than the call."""
+"""Derivatives that torch computes later than the call and elsewhere: on a GPU in threads of autograd's own."""
 
 import threading
 
