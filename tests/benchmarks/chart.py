@@ -17,6 +17,7 @@ _COLOURS = {
     "torch.compile": "#e69f00",
     "torchleaf": "#0072b2",
     "torchleaf-recompute": "#56b4e9",
+    "torchleaf-xla": "#f0e442",
     "wrap-torch2jax": "#d55e00",
     "torch-jax-interop": "#cc79a7",
     "torchax": "#009e73",
