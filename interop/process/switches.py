@@ -1,17 +1,19 @@
 """Global switches of torch's that several threads hold at once."""
 
 import contextlib
+import contextvars
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 
 class Switch:
-    """Off with the first that holds it, on again after the last."""
+    """Off with the first that holds it, on again after the last, be it in another thread."""
 
     def __init__(self, enter: Callable[[], contextlib.AbstractContextManager[Any]]):
         self._enter, self._lock = enter, threading.Lock()
         self._users, self._exit = 0, contextlib.ExitStack()
+        self._context = contextvars.Context()  # of both: a context variable is set back only where it was set
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -27,14 +29,14 @@ class Switch:
         with self._lock:
             self._users += 1
             if self._users == 1:
-                self._exit.enter_context(self._enter())
+                self._context.run(lambda: self._exit.enter_context(self._enter()))
 
     def release(self) -> None:
         """Let go of it."""
         with self._lock:
             self._users -= 1
             if self._users == 0:
-                self._exit.close()
+                self._context.run(self._exit.close)
 
 
 def flag_off(is_on: Callable[[], bool], turn: Callable[[bool], None]) -> Switch:
