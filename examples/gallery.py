@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from tqdm import tqdm
 
 DARK, LIGHT, RED = "#08306b", "#9ecae1", "#cb181d"
@@ -48,4 +49,6 @@ def figure(panels: int) -> tuple[Figure, list[Axes]]:
 def save(picture: Figure, path: str) -> None:
     """Write the picture, small enough for a page."""
     picture.savefig(path, dpi=110)
+    if path.endswith(".png"):
+        Image.open(path).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{'picture':58}{path}")
