@@ -14,15 +14,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
-import numpyro.distributions as dist
+import numpyro  # pyright: ignore[reportMissingImports]
+import numpyro.distributions as dist  # pyright: ignore[reportMissingImports]
 import optax
 import torch
 import torchleaf
-import zuko
+import zuko  # pyright: ignore[reportMissingImports]
 from gallery import DARK, LIGHT, RED, check, figure, parse_arguments, progress, save
 from jaxtyping import Array, Float
-from numpyro.infer import MCMC, NUTS
+from numpyro.infer import MCMC, NUTS  # pyright: ignore[reportMissingImports]
 
 WAVES, NOISE = 3, 0.2
 SIZE = 2 * WAVES + 1
@@ -70,7 +70,7 @@ def with_parameters(model: torchleaf.TorchModule, values: Parameters) -> torchle
     return eqx.tree_at(lambda model: model.params, model, new)
 
 
-def sample(model: torchleaf.TorchModule, x: Array, y: Array, key: Array, n: int) -> Float[Array, "n SIZE"]:
+def sample(model: torchleaf.TorchModule, x: np.ndarray, y: np.ndarray, key: Array, n: int) -> Float[Array, "n SIZE"]:
     """Parameters from the posterior, by NUTS."""
 
     def program() -> None:
@@ -85,7 +85,7 @@ def sample(model: torchleaf.TorchModule, x: Array, y: Array, key: Array, n: int)
     return jnp.concatenate([samples["layer.weight"][:, 0], samples["layer.bias"]], -1)
 
 
-def fit(model: torchleaf.TorchModule, x: Array, y: Array, key: Array, steps: int):
+def fit(model: torchleaf.TorchModule, x: np.ndarray, y: np.ndarray, key: Array, steps: int):
     """A flow that approximates the posterior, and its ELBOs."""
     params, static = eqx.partition(torchleaf.TorchModule(Flow()), eqx.is_inexact_array)
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, steps))

@@ -17,10 +17,10 @@ import numpy as np
 import optax
 import torch
 import torchleaf
+from digits import load_data
 from gallery import DARK, LIGHT, RED, check, figure, parse_arguments, progress, save
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
-from sklearn.datasets import load_digits
 
 jax.config.update("jax_num_cpu_devices", 4)  # on machines with accelerators, those are the devices
 BATCH, RATE = 64, 2e-3
@@ -37,7 +37,7 @@ def make_network() -> torch.nn.Module:
         torch.nn.GELU(),
         torch.nn.Conv2d(16, 32, 3, stride=2),
         torch.nn.GELU(),
-        torch.nn.Flatten(0),  # all axes: the network sees one example, and `jax.vmap` makes batches
+        torch.nn.Flatten(-3),  # of one example or of many
         torch.nn.Linear(288, 10),
     )
 
@@ -66,13 +66,14 @@ def batches(images: np.ndarray, labels: np.ndarray, epochs: int, seed: int) -> l
     return [(images[rows], labels[rows]) for rows in chosen()]
 
 
-def train(model: torchleaf.TorchModule, data, devices: list[jax.Device]) -> tuple[torchleaf.TorchModule, np.ndarray]:
+def train(model: torchleaf.TorchModule, data, devices: list) -> tuple[torchleaf.TorchModule, np.ndarray]:
     """The trained model, and the losses."""
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
     split, everywhere = (NamedSharding(mesh, spec) for spec in (PartitionSpec("data"), PartitionSpec()))
     model = eqx.filter_shard(model, everywhere)
     opt_state = eqx.filter_shard(OPTIMIZER.init(eqx.filter(model, eqx.is_inexact_array)), everywhere)
-    program = step.lower(model, opt_state, *jax.device_put(data[0], split)).compile().compiled.as_text()
+    compiled = step.lower(model, opt_state, *jax.device_put(data[0], split)).compile()  # pyright: ignore
+    program = compiled.compiled.as_text()
     print(f"{f'all-reduces in a step on {len(devices)} devices':58}{len(re.findall(r' all-reduce', program)):12}")
 
     losses = []
@@ -85,11 +86,10 @@ def train(model: torchleaf.TorchModule, data, devices: list[jax.Device]) -> tupl
 
 def train_in_torch(network: torch.nn.Module, data) -> np.ndarray:
     """The same in torch alone; losses."""
-    network[4] = torch.nn.Flatten()
     optimizer, losses = torch.optim.Adam(network.parameters(), RATE), []
     for batch, _ in progress(data, "torch alone"):
         images, labels = map(torch.from_numpy, batch)
-        loss = torch.nn.functional.cross_entropy(network(images), labels)
+        loss = torch.nn.functional.cross_entropy(network(images), labels.long())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -101,11 +101,8 @@ def main() -> None:
     """Train thrice, compare, draw."""
     arguments = parse_arguments(__doc__, "devices.png")
     torch.manual_seed(arguments.seed)
-    digits = load_digits()
-    images, labels = (digits.images[:, None] / 16).astype(np.float32), digits.target
-    order = np.random.default_rng(arguments.seed).permutation(len(images))
-    known, unknown = order[360:], order[:360]
-    data = batches(images[known], labels[known], 2 if arguments.quick else 30, arguments.seed)
+    known, unknown = load_data(arguments.seed)
+    data = batches(*known, 2 if arguments.quick else 30, arguments.seed)
 
     start = torchleaf.TorchModule(make_network(), copy=True)
     devices = jax.devices()
@@ -115,10 +112,10 @@ def main() -> None:
     first = slice(44)  # two epochs: later, rounding errors have grown
     check(f"losses, {len(devices)} devices and one", np.abs(losses - alone)[first].max(), 1e-4)
     check(f"losses, {len(devices)} devices and torch alone", np.abs(losses - in_torch)[first].max(), 1e-3)
-    logits = jax.vmap(model)(images[unknown])
+    logits = jax.vmap(model)(unknown.images)
     check(
         "new digits that it gets wrong",
-        float(np.mean(logits.argmax(-1) != labels[unknown])),
+        float(np.mean(logits.argmax(-1) != unknown.labels)),
         0.2 if arguments.quick else 0.04,
     )
 

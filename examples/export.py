@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -19,10 +20,10 @@ import numpy as np
 import optax
 import torch
 import torchleaf
-from gallery import DARK, LIGHT, RED, check, figure, parse_arguments, progress, save
+from digits import load_data
+from gallery import DARK, LIGHT, RED, check, figure, parse_arguments, progress, save, show_images
 from jax import export
 from jaxtyping import Array, Float, Int
-from sklearn.datasets import load_digits
 
 BATCH = 64
 OPTIMIZER = optax.adam(1e-3)
@@ -112,13 +113,8 @@ def main() -> None:
     arguments = parse_arguments(__doc__, "export.png")
     torch.manual_seed(arguments.seed)
     rng = np.random.default_rng(arguments.seed)
-    digits = load_digits()
-    order = rng.permutation(len(digits.target))
-    images, labels = (digits.images[order, None] / 16).astype(np.float32), digits.target[order].astype(np.int32)
-    unknown, solutions = images[:360], labels[:360]
-    rows = np.stack(
-        [rng.permutation(np.arange(360, len(labels)))[:BATCH] for _ in range(60 if arguments.quick else 1500)]
-    )
+    (images, labels), (unknown, solutions) = load_data(arguments.seed)
+    rows = np.stack([rng.permutation(len(labels))[:BATCH] for _ in range(60 if arguments.quick else 1500)])
     half = len(rows) // 2
 
     network = Encoder()
@@ -141,9 +137,14 @@ def main() -> None:
         folder = Path(name)
         export_to(folder, "predict", predict, exported, unknown)
         export_to(folder, "step", step, exported, images[:BATCH], labels[:BATCH])
-        named = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(exported)}
-        batches = {"images": images[rows[half:]], "labels": labels[rows[half:]], "unknown": unknown}
-        np.savez(folder / "data.npz", leaves=len(exported), **named, **batches)
+        data: dict[str, Any] = {f"leaf{i}": np.asarray(leaf) for i, leaf in enumerate(exported)}
+        data |= {
+            "leaves": len(exported),
+            "images": images[rows[half:]],
+            "labels": labels[rows[half:]],
+            "unknown": unknown,
+        }
+        np.savez(folder / "data.npz", **data)
         subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=folder, check=True)
         results = dict(np.load(folder / "results.npz"))
 
@@ -157,12 +158,10 @@ def main() -> None:
     curve.semilogy(np.arange(half, len(rows)), results["losses"], color=DARK, linewidth=0.8, label="without torch")
     curve.set(title="Training loss", xlabel="step")
     curve.legend(frameon=False)
-    guesses.imshow(unknown[:40, 0].reshape(4, 10, 8, 8).swapaxes(1, 2).reshape(32, 80), cmap="Blues")
+    show_images(guesses, unknown[:40].reshape(4, 10, 8, 8), "New digits, and what it takes them for")
     for i, (answer, solution) in enumerate(zip(answers[:40], solutions, strict=False)):
         color = DARK if answer == solution else RED
-        guesses.text(i % 10 * 8, i // 10 * 8, answer, color=color, va="top", fontsize=7)
-    guesses.set(title="New digits, and what it takes them for", xticks=[], yticks=[])
-    guesses.grid(visible=False)
+        guesses.text(i % 10 * 10 - 0.5, i // 10 * 10 - 0.5, answer, color=color, va="top", fontsize=7)
     save(picture, arguments.output)
 
 

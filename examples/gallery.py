@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
+import numpy as np
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -44,6 +46,15 @@ def figure(panels: int) -> tuple[Figure, list[Axes]]:
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     return result, axes
+
+
+def show_images(panel: Axes, images: Float[np.ndarray, "rows columns height width"], title: str) -> None:
+    """A table of images, whose darkest pixels have the highest values."""
+    padded = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=images.min())
+    panel.imshow(np.concatenate(np.concatenate(padded, axis=1), axis=1), cmap="Blues")
+    panel.set(title=title, xticks=[], yticks=[])
+    panel.spines[:].set_visible(False)
+    panel.grid(visible=False)
 
 
 def save(picture: Figure, path: str) -> None:

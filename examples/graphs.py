@@ -19,7 +19,7 @@ from gallery import DARK, LIGHT, check, figure, parse_arguments, progress, save
 from jaxtyping import Array, Float, Int
 from sklearn.datasets import load_digits
 from sklearn.neighbors import kneighbors_graph
-from torch_geometric.nn import GraphSAGE
+from torch_geometric.nn import GraphSAGE  # pyright: ignore[reportMissingImports]
 
 HIDDEN, LABELLED = 32, 5
 """The width of the encoder, and how many labels of each kind there are."""
@@ -44,10 +44,10 @@ class Classifier(eqx.Module):
 
 def make_graph(neighbours: int = 8) -> tuple[Nodes, Edges, Int[Array, " nodes"]]:
     """Images, links to the nearest ones, and labels."""
-    digits = load_digits()
-    images = (digits.data / 16).astype(np.float32)
+    images, labels = load_digits(return_X_y=True)
+    images = (images / 16).astype(np.float32)
     links = kneighbors_graph(images, neighbours)
-    return jnp.asarray(images), jnp.asarray(np.stack((links + links.T).nonzero())), jnp.asarray(digits.target)
+    return jnp.asarray(images), jnp.asarray(np.stack((links + links.T).nonzero())), jnp.asarray(labels)
 
 
 def choose(labels: Int[Array, " nodes"], seed: int) -> Float[np.ndarray, " nodes"]:
@@ -59,7 +59,7 @@ def choose(labels: Int[Array, " nodes"], seed: int) -> Float[np.ndarray, " nodes
     return known
 
 
-def loss_fn(model: Classifier, nodes: Nodes, edges: Edges, labels: Array, known: Array) -> Array:
+def loss_fn(model: Classifier, nodes: Nodes, edges: Edges, labels: Array, known: Array) -> tuple[Array, Array]:
     """Cross entropy of the known labels; and how many of the others are right."""
     logits = model(nodes, edges)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -80,15 +80,18 @@ def compare(model: Classifier, nodes: Nodes, edges: Edges, labels: Array, known:
     grads = eqx.filter_jit(eqx.filter_grad(loss_fn, has_aux=True))(model, nodes, edges, labels, known)[0]
     found = {**grads.encoder.params, "head": grads.head.weight}
     expected = {**{name: p.grad for name, p in network.named_parameters()}, "head": head.weight.grad}
-    error = max(np.abs(np.asarray(found[name]) - g.numpy()).max() for name, g in expected.items() if g is not None)
-    check("gradients, JAX and torch.autograd", error / max(g.abs().max().item() for g in expected.values()), 1e-4)
+    expected = {name: g.numpy() for name, g in expected.items() if g is not None}
+    error = max(np.abs(np.asarray(found[name]) - g).max() for name, g in expected.items())
+    check("gradients, JAX and torch.autograd", error / max(np.abs(g).max() for g in expected.values()), 1e-4)
 
     order = np.random.default_rng(0).permutation(len(nodes))
     again = model(nodes[order], jnp.argsort(order)[edges])
     check("logits of the nodes in another order", float(jnp.abs(again - model(nodes, edges)[order]).max()), 1e-4)
 
 
-def train(models: Classifier, graph, known: Float[Array, "models nodes"], steps: int, name: str):
+def train(
+    models: Classifier, graph: tuple[Nodes, Edges, Array], known: Float[Array, "models nodes"], steps: int, name: str
+):
     """The trained models, and the accuracies of each."""
     params, static = eqx.partition(models, torchleaf.trainable(models))
     optimizer = optax.adamw(1e-2, weight_decay=1e-2)
@@ -121,7 +124,7 @@ def main() -> None:
     for key in jax.random.split(jax.random.key(arguments.seed), n):
         network.reset_parameters()
         members.append(Classifier(network, key))
-    known = np.stack([choose(labels, arguments.seed + i) for i in range(n)])
+    known = jnp.stack([choose(labels, arguments.seed + i) for i in range(n)])
     compare(members[0], nodes, edges, labels, known[0])
 
     models, linked = train(torchleaf.stack(members), (nodes, edges, labels), known, steps, f"{n} models, with links")

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import peft
+import peft  # pyright: ignore[reportMissingImports]
 import torch
 import torchleaf
 import transformers
@@ -120,6 +120,7 @@ def main() -> None:
 
     trained, frozen = [], []
     tuned = torchleaf.to_torch_module(model)
+    assert isinstance(tuned, peft.PeftModel)
     for (name, new), old in zip(tuned.named_parameters(), network.parameters(), strict=True):
         (trained if "lora" in name else frozen).append(torch.equal(new, old))
     check("frozen weights that changed", float(len(frozen) - sum(frozen)), 0.0)

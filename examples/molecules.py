@@ -11,6 +11,7 @@ Hessian are compared with those of torch.autograd, and what comes out with Lenna
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -23,8 +24,8 @@ from gallery import DARK, LIGHT, RED, check, figure, parse_arguments, progress, 
 from jaxtyping import Array, Float
 
 torch.serialization.add_safe_globals([slice])  # which the constants hold that e3nn 0.4 loads when it is imported
-import e3nn  # noqa: E402
-from e3nn import o3  # noqa: E402
+import e3nn  # noqa: E402 # pyright: ignore[reportMissingImports]
+from e3nn import o3  # noqa: E402 # pyright: ignore[reportMissingImports]
 
 e3nn.set_optimization_defaults(jit_script_fx=False)  # TorchScript, which brings nothing here
 
@@ -46,19 +47,23 @@ class Potential(torch.nn.Module):
     Source: Batzner et al., "E(3)-equivariant graph neural networks for interatomic potentials" (2022).
     """
 
+    senders: torch.Tensor
+    receivers: torch.Tensor
+    centres: torch.Tensor
+
     def __init__(self, lowest: float, radials: int = 8):
         super().__init__()
         self.register_buffer("senders", torch.from_numpy(SENDERS))
         self.register_buffer("receivers", torch.from_numpy(RECEIVERS))
         self.register_buffer("centres", torch.linspace(0.9, 2.2, radials))
         kinds = ["1x0e", "8x0e + 4x1o", "8x0e"]
-        self.products = torch.nn.ModuleList(
+        products: list[Any] = [
             o3.FullyConnectedTensorProduct(before, "1x0e + 1x1o", after, shared_weights=False)
             for before, after in pairwise(kinds)
-        )
-        self.weights = torch.nn.ModuleList(perceptron(radials, product.weight_numel) for product in self.products)
-        self.readout = perceptron(8, 1)
-        torch.nn.init.constant_(self.readout[-1].bias, lowest / ATOMS)
+        ]
+        self.products = torch.nn.ModuleList(products)
+        self.weights = torch.nn.ModuleList(perceptron(radials, product.weight_numel) for product in products)
+        self.readout, self.lowest = perceptron(8, 1), lowest
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
         """`positions: [atoms, 3]`; returns the energy."""
@@ -70,7 +75,7 @@ class Potential(torch.nn.Module):
         for product, weights in zip(self.products, self.weights, strict=True):
             messages = product(atoms[self.senders], harmonics, weights(radials))
             atoms = messages.new_zeros(ATOMS, messages.shape[-1]).index_add(0, self.receivers, messages) / ATOMS**0.5
-        return self.readout(atoms).sum()
+        return self.readout(atoms).sum() + self.lowest
 
 
 def lennard_jones(positions: Atoms) -> Float[Array, ""]:
@@ -150,6 +155,7 @@ def compare(model: torchleaf.TorchModule, positions: Atoms) -> None:
     network, given = torchleaf.to_torch_module(model), torchleaf.to_torch(positions, copy=True)
     expected = [f(network, given) for f in (torch.autograd.functional.jacobian, torch.autograd.functional.hessian)]
     for name, ours, theirs in zip(("forces", "Hessian"), derivatives(model, positions), expected, strict=True):
+        assert isinstance(theirs, torch.Tensor)
         error = float(jnp.abs(ours - theirs.numpy()).max())
         check(f"{name}, JAX and torch.autograd", error / theirs.abs().max().item(), 1e-4)
 
