@@ -121,7 +121,7 @@ def main() -> None:
     images, labels = jnp.asarray(2 * digits.images - 1), jnp.asarray(digits.labels)
     model = torchleaf.TorchModule(make_network())
     compare(model, images[:10], labels[:10], keys[0])
-    model, losses = train(model, images, labels, 40 if arguments.quick else 1500, keys[1])
+    model, losses = train(model, images, labels, 20 if arguments.quick else 1500, keys[1])
 
     wanted = jnp.arange(20 if arguments.quick else 100) % 10
     drawn = sample(model, jax.random.normal(keys[2], (len(wanted), 1, 8, 8)), wanted)
