@@ -4,8 +4,11 @@ import argparse
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
+import numpy as np
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from tqdm import tqdm
 
 DARK, LIGHT, RED = "#08306b", "#9ecae1", "#cb181d"
@@ -45,7 +48,18 @@ def figure(panels: int) -> tuple[Figure, list[Axes]]:
     return result, axes
 
 
+def show_images(panel: Axes, images: Float[np.ndarray, "rows columns height width"], title: str) -> None:
+    """A table of images, whose darkest pixels have the highest values."""
+    padded = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=images.min())
+    panel.imshow(np.concatenate(np.concatenate(padded, axis=1), axis=1), cmap="Blues")
+    panel.set(title=title, xticks=[], yticks=[])
+    panel.spines[:].set_visible(False)
+    panel.grid(visible=False)
+
+
 def save(picture: Figure, path: str) -> None:
     """Write the picture, small enough for a page."""
     picture.savefig(path, dpi=110)
+    if path.endswith(".png"):
+        Image.open(path).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{'picture':58}{path}")
