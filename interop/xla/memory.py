@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from ..errors import TorchCallError
+from .windows import Places, Strided
 
-Geometry = tuple[tuple[int, ...], tuple[int, ...], Any]
+Geometry = tuple[tuple[Any, ...], tuple[Any, ...], Any]
 
 
 @dataclass
@@ -39,8 +40,8 @@ class Memory:
         self,
         storage_of: Callable[[torch.Tensor], int],
         constant: Callable[[torch.Tensor], int],
-        window: Callable[[int, np.ndarray, torch.Tensor], int],
-        put: Callable[[int, int, np.ndarray, torch.Tensor], int],
+        window: Callable[[int, Places, torch.Tensor], int],
+        put: Callable[[int, int, Places, torch.Tensor], int],
     ):
         self._storage_of = storage_of
         self._constant, self._window, self._put = constant, window, put
@@ -82,13 +83,17 @@ class Memory:
             storage.version += 1
         else:
             places = self._places(storage, tensor)
-            own = _offsets_of(tensor)
-            apart = [held for held in self._current(storage) if not np.isin(_offsets_of(held[0]), own).any()]
+            apart = [] if isinstance(places, Strided) else self._apart(storage, tensor)
             storage.value = self._put(storage.value, value, places, storage.base)
             storage.version += 1
             for other, held, _ in apart:  # such as the other parts of a tensor that was split
                 self._note(other, held, storage)
         self._note(tensor, value, storage)
+
+    def _apart(self, storage: _Storage, tensor: torch.Tensor) -> list[tuple[torch.Tensor, int, int]]:
+        """The tensors of a storage whose values are known, and that share no element with another one."""
+        own = _offsets_of(tensor)
+        return [held for held in self._current(storage) if not np.isin(_offsets_of(held[0]), own).any()]
 
     def _current(self, storage: _Storage) -> list[tuple[torch.Tensor, int, int]]:
         """The tensors of a storage whose values are known, but for large ones."""
@@ -99,13 +104,20 @@ class Memory:
         """A constant's memory, in which something unknown was written: what it was before."""
         self._storages.setdefault(self._storage_of(whole), _Storage(value, whole))
 
-    def _places(self, storage: _Storage, tensor: torch.Tensor) -> np.ndarray:
+    def _places(self, storage: _Storage, tensor: torch.Tensor) -> Places:
         """Where in the flat value of a storage the elements of a tensor are."""
         if tensor.dtype != storage.base.dtype or tensor.is_conj() or tensor.is_neg():
             raise TorchCallError(
                 f"it writes into memory that a tensor of {tensor.dtype} and one of {storage.base.dtype} share, which "
                 "engine='xla' cannot follow. Clone the view before the write, or use engine='torch'."
             )
+        if _is_symbolic(storage.base) or _is_symbolic(tensor):
+            if not (storage.base.is_contiguous() and storage.base.storage_offset() == 0):
+                raise TorchCallError(
+                    "it writes into a view of a tensor that has symbolic sizes and does not lie in memory in order. "
+                    "Call `.contiguous()` before, or export with sizes that are known, once for each size."
+                )
+            return Strided(*_geometry(tensor))
         base = _offsets(_geometry(storage.base)).ravel()
         places = np.full(max(base.max(initial=-1), _offsets(_geometry(tensor)).max(initial=-1)) + 1, -1)
         places[base] = np.arange(base.size)
@@ -121,6 +133,11 @@ def _offsets_of(tensor: torch.Tensor) -> np.ndarray:
 
 def _geometry(tensor: torch.Tensor) -> Geometry:
     return tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset()
+
+
+def _is_symbolic(tensor: torch.Tensor) -> bool:
+    shape, strides, offset = _geometry(tensor)
+    return any(isinstance(n, torch.SymInt) for n in (*shape, *strides, offset))
 
 
 def _offsets(geometry: Geometry) -> np.ndarray:

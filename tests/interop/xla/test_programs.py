@@ -65,13 +65,6 @@ def test_it_lowers_for_platforms_that_are_not_here():
     assert "stablehlo.convolution" in exported.mlir_module()
 
 
-def test_a_symbolic_size_is_an_error_that_says_what_to_do():
-    model = torchleaf.TorchModule(torch.nn.Linear(3, 4), **XLA)
-    shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, 3"), jnp.float32)
-    with pytest.raises(torchleaf.TorchCallError, match=r"symbolic shape \(b, 3\).*once for each size"):
-        jax.export.export(jax.jit(lambda x: model(x)))(shape)
-
-
 # --- loops and derivatives ---------------------------------------------------------------------------------
 
 
