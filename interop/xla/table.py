@@ -39,6 +39,7 @@ _SUBJECTS = (
     "losses",
     "fourier",
     "random",
+    "sampling",
     "sorting",
     "backward",
 )

@@ -47,6 +47,12 @@ def _brought(x: Any, dtype: Any) -> Any:
     return cast(x, dtype) if is_array(x) or isinstance(x, Number) else x
 
 
+@op("nextafter")
+def nextafter(x: Any, y: Any, *, out: Any) -> Any:
+    """The next number towards another one."""
+    return jnp.nextafter(*(lax.stop_gradient(cast(z, out.dtype)) for z in (x, y)))
+
+
 def _register(table: dict[str, Callable[..., Any]]) -> None:
     for name, function in table.items():
         register_unary(name, function)

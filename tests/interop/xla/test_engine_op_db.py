@@ -22,6 +22,7 @@ CHOSEN = [
     "fft.rfft",
     "floor_divide",
     "gather",
+    "grid_sampler_3d",
     "index_put",
     "lerp",
     "linalg.cholesky",
@@ -38,6 +39,7 @@ CHOSEN = [
     "nn.functional.layer_norm",
     "nn.functional.max_pool2d",
     "nn.functional.pad.reflect",
+    "nextafter",
     "pow",
     "remainder",
     "scatter_reduce.amax",
@@ -49,7 +51,7 @@ CHOSEN = [
 
 MISSING = [
     *("geqrf", "linalg.eig", "linalg.eigvals", "linalg.ldl_factor", "linalg.ldl_factor_ex", "linalg.ldl_solve"),
-    *("grid_sampler_3d", "hash_tensor", "resize_", "resize_as_", "nextafter"),
+    *("hash_tensor", "resize_", "resize_as_"),
     *("special.airy_ai", "special.bessel_j1", "special.bessel_y1"),
 ]
 """Operators with ops that JAX has no function for: torch computes them."""
