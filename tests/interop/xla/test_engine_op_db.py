@@ -1,6 +1,8 @@
 """torch's operator database computed by XLA, with no op that torch computes: every transformation, against torch."""
 
 import functools
+import runpy
+from pathlib import Path
 
 import jax
 import pytest
@@ -101,3 +103,11 @@ def test_every_operator():
     names = [n for n in _operators() if n not in MISSING and n not in WRONG and not n.startswith("jiterator")]
     wrong = [text for name in names for text in _wrong(name)]
     assert len(wrong) == 0, "\n".join(wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_has_the_table_of_operators():
+    root = Path(__file__).parents[3]
+    found = runpy.run_path(str(root / "tests" / "engine_page.py"))["page"]()
+    assert "\n".join(found) in (root / "docs" / "xla_engine.md").read_text()
