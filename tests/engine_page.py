@@ -1,7 +1,8 @@
 """How much of torch's operator database engine='xla' computes, for docs/xla_engine.md.
 
-`python tests/engine_page.py` prints the section of the page, which a slow test compares. An operator counts if JAX computes a sample of it with
-`strict=True`; whether it does so rightly is the affair of tests/interop/xla/test_engine_op_db.py.
+`python tests/engine_page.py` prints the section of the page, which a slow test compares. An operator counts if JAX
+computes a sample of it with `strict=True`; whether it does so rightly is the affair of
+tests/interop/xla/test_engine_op_db.py.
 """
 
 import re
@@ -63,7 +64,8 @@ def page():
     tried = {name: why for name, why in verdicts.items() if why != ""}
     others = {name: why for name, why in tried.items() if why is not None}
     versions = f"torch {torch.__version__.partition('+')[0]}, JAX {jax.__version__}"
-    yield f"Of {len(tried)} operators of torch's database with dense results, JAX alone computes {len(tried) - len(others)}"
+    n_computed = len(tried) - len(others)
+    yield f"Of {len(tried)} operators of torch's database with dense results, JAX alone computes {n_computed}"
     yield f"({versions}; by one sample of each, in 64 bits). The others:"
     yield ""
     yield "| operator | why not |"
