@@ -98,6 +98,25 @@ def view_as_tensor(array: jax.Array) -> torch.Tensor:
     return _C._from_dlpack(_jax.buffer_to_dlpack_managed_tensor(array))
 
 
+# --- sizes that are not known ---------------------------------------------------------------------
+
+
+def new_size(env: Any, name: str, example: int, lowest: int, highest: int | None) -> tuple[str, torch.SymInt]:
+    """A size of torch's that is not known, with an example of it and bounds; and the name of its symbol."""
+    source = importlib.import_module("torch._dynamo.source").ConstantSource(name)
+    dynamic = importlib.import_module("torch.fx.experimental.symbolic_shapes").DimDynamic.DYNAMIC
+    ranges = importlib.import_module("torch.utils._sympy.value_ranges").ValueRanges
+    infinity = importlib.import_module("torch.utils._sympy.numbers").int_oo
+    symbol = env.create_symbol(example, source, dynamic_dim=dynamic, do_not_specialize_zero_one=True)
+    env.var_to_range[symbol] = ranges(lowest, infinity if highest is None else highest)
+    return symbol.name, env.create_symintnode(symbol, hint=example)
+
+
+def composites_in_python() -> Any:
+    """Within it, ops that are made of others are so in Python, if they can be: those in C++ want to know sizes."""
+    return importlib.import_module("torch._dispatch.python").enable_python_dispatcher()
+
+
 # --- ops and modes ---------------------------------------------------------------------------------
 
 OpOverload = torch._ops.OpOverload

@@ -37,6 +37,27 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item not in left_out]
 
 
+def pytest_generate_tests(metafunc):
+    """Tests that are marked `both_engines` run with each; with the one that is no default they are long ones."""
+    if metafunc.definition.get_closest_marker("both_engines") is None:
+        return
+    others = [pytest.param("xla", marks=pytest.mark.long)]
+    if metafunc.definition.get_closest_marker("torch_engine") is not None:
+        others = []
+    metafunc.parametrize("engine", ["torch", *others], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def engine(request):
+    """The engine that is chosen where a test chooses none."""
+    name = getattr(request, "param", "torch")
+    if name == "xla":
+        from engines import choose_xla
+
+        choose_xla(request.getfixturevalue("monkeypatch"))
+    return name
+
+
 def pytest_collection_finish():
     """What imports made stays: collections, of which tests and torchleaf ask for many, need not look at it again."""
     gc.collect()
@@ -57,7 +78,8 @@ def _further_cases(items):
     tests = collections.defaultdict(list)
     for item in items:
         if "slow" not in item.keywords and "all_cases" not in item.keywords:
-            tests[item.nodeid.partition("[")[0]].append(item)
+            is_other_engine = "callspec" in vars(item) and item.callspec.params.get("engine") == "xla"
+            tests[item.nodeid.partition("[")[0], is_other_engine].append(item)
     for cases in tests.values():
         yield from sorted(cases, key=lambda item: zlib.crc32(item.nodeid.encode()))[MOST_CASES:]
 

@@ -120,7 +120,7 @@ def test_there_is_one_door_to_what_others_keep_to_themselves():
 
 def test_most_files_are_short():
     lengths = {name_of(path): len(path.read_text().splitlines()) for path in SOURCES}
-    assert max(lengths.values()) <= 370
+    assert max(lengths.values()) <= 400
     assert sum(n <= 300 for n in lengths.values()) >= 0.95 * len(lengths)
 
 

@@ -20,14 +20,14 @@ _STRICT_VMAP = flag_off(*VMAP_FALLBACK)
 
 
 @contextlib.contextmanager
-def fake_mode(answers: Sequence[Any] = ()) -> Iterator[KnownConstants]:
+def fake_mode(answers: Sequence[Any] = (), sizes: Any = None) -> Iterator[KnownConstants]:
     """Tensors made inside carry shapes and dtypes but no data, unless they follow from constants (`known.py`)."""
     load_compiler()  # as the first op on fake tensors does, too late for what is to be known of it
     eager = plain_kernels(frozenset({COMPILED}))  # code met here in a mode would never be compiled again
     with (
         _QUIET.held(),
         torch.inference_mode(False),
-        KnownConstants(answers) as mode,
+        KnownConstants(answers, sizes) as mode,
         torch.no_grad(),
         differentiable_path(),
         without_cudnn(),

@@ -35,6 +35,8 @@ _MOST_READ = 2**24
 _MOST_MULTIPLIED = 2**16
 """The same for products of matrices and the like."""
 
+_SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
 _aten = torch.ops.aten
 _FACTORIES = {
     *("arange", "eye", "full", "linspace", "logspace", "ones", "scalar_tensor", "zeros"),
@@ -71,13 +73,14 @@ class Failure:
 class KnownConstants(FakeTensorMode):
     """A fake tensor mode that computes with constants.
 
-    With `answers`, the values that ops gave to Python in another run, in their order, it goes where that run went.
+    With `answers`, the values that ops gave to Python in another run, in their order, it goes where that run went. With
+    `sizes`, torch's environment of symbols, tensors may have sizes that are not known.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, answers: Sequence[Any] = ()) -> None:
-        super().__init__(allow_non_fake_inputs=True)
+    def __init__(self, answers: Sequence[Any] = (), sizes: Any = None) -> None:
+        super().__init__(allow_non_fake_inputs=True, shape_env=sizes)
         self._answers, self._n_reads = answers, 0
         self.failure: Failure | None = None
         """The first one: what the callable, or torch's interpreter, makes of it tells less."""
@@ -131,7 +134,7 @@ class KnownConstants(FakeTensorMode):
 
     def _is_computed(self, func: Any, tensors: list[torch.Tensor], args: Any, kwargs: Any) -> bool:
         """Whether an op on constants alone is carried out."""
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if torch.Tag.nondeterministic_seeded in func.tags or self._has_sizes((args, kwargs)):
             return False
         if any(storage_of(x) not in self._made for x in written(func, bound(func, args, kwargs))):
             return False
@@ -143,6 +146,10 @@ class KnownConstants(FakeTensorMode):
         if largest > (_MOST_MULTIPLIED if func.overloadpacket in flop_registry else _MOST_READ):
             return False
         return (bool(tensors) and largest**2 <= _MOST_MADE) or self._is_small(func, args, kwargs)
+
+    def _has_sizes(self, tree: Any) -> bool:
+        """Whether there are sizes that are not known among arguments."""
+        return self.shape_env is not None and any(isinstance(x, _SIZES) for x in torch_pytree.tree_leaves(tree))
 
     def _is_small(self, func: Any, args: Any, kwargs: Any) -> bool:
         """Whether the results of an op on constants are."""
@@ -195,7 +202,9 @@ class KnownConstants(FakeTensorMode):
     def _factory(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What a factory makes in the likeness of a fake tensor."""
         like, *others = args
-        if not isinstance(like, torch.Tensor) or like.layout != torch.strided or like.numel() > _MOST_MADE:
+        if not isinstance(like, torch.Tensor) or like.layout != torch.strided or self._has_sizes((args, *like.shape)):
+            return None
+        if like.numel() > _MOST_MADE:
             return None
         if not self._is_small(func, args, kwargs):
             return None

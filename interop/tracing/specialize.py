@@ -49,6 +49,7 @@ def specialize(
     cannot be called.
     """
     traced = traceable(target, arguments, key, device, explores=stateful)
+    _refuse_symbols(traced)
     examples = functools.partial(_examples, arguments, options.example_args, traced)
     found = target.check(trace_of(target, traced, options.out_shape, examples), stateful=stateful)
     found = replace(found, fused_kernels=found.fused_kernels | compiled_code(target.callable))
@@ -112,6 +113,15 @@ def _example_operands(arguments: Arguments, example_args: Sequence[Any], name: s
             "Give example_args of the shapes and dtypes it is called with, or `out_shape`."
         )
     return example.operands
+
+
+def _refuse_symbols(traced: Traceable) -> None:
+    for operand in traced.operands:
+        if not all(isinstance(n, int) for n in operand.aval.shape):
+            raise TorchCallError(
+                f"{traced.name}: argument {operand.name} has the symbolic shape {operand.aval.shape}, and torch "
+                "computes with sizes that are known. Use engine='xla', or export with such sizes, once for each."
+            )
 
 
 def _is_traced(operand: Any) -> bool:

@@ -35,7 +35,7 @@ class Traceable:
         return replace(self, operands=self.operands[:-1])
 
     @property
-    def specs(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    def specs(self) -> list[tuple[tuple[Any, ...], torch.dtype]]:
         """Shapes and torch dtypes of the operands."""
         return [(tuple(x.aval.shape), x.dtype) for x in self.operands]
 

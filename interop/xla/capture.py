@@ -6,9 +6,8 @@ carried by torch. What follows from constants alone is computed (`known.py`), an
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from ..errors import TorchCallError
@@ -24,7 +23,10 @@ from .dtypes import to_jax
 from .graph import Graph, Node, Ref, Value
 from .memory import Memory
 from .names import functional_name, is_inplace_view, out_names, targets
-from .windows import put, window
+from .windows import Places, Strided, put, window
+
+if TYPE_CHECKING:
+    from .sizes import Sizes  # which loads more of torch, where it is needed
 
 Carry = Callable[[Any, tuple[Any, ...], dict[str, Any], int, Sequence[Value]], Callable[..., Any]]
 
@@ -39,13 +41,20 @@ class Capture(Mode):
     - `avals`: what JAX has in their place.
     - `known`: the mode of the fake tensors.
     - `carry`: makes a function of JAX arrays of an op that torch is to compute.
+    - `sizes`: those that are not known; None if all are.
     """
 
     def __init__(
-        self, name: str, operands: Sequence[torch.Tensor], avals: Sequence[Aval], known: KnownConstants, carry: Carry
+        self,
+        name: str,
+        operands: Sequence[torch.Tensor],
+        avals: Sequence[Aval],
+        known: KnownConstants,
+        carry: Carry,
+        sizes: "Sizes | None" = None,
     ):
         super().__init__()
-        self._name, self._known, self._carry = name, known, carry
+        self._name, self._known, self._carry, self._sizes = name, known, carry, sizes
         self._paused = False  # within a `torch.autograd.Function`
         self._values: list[Value] = []
         self._nodes: list[Node] = []
@@ -102,7 +111,7 @@ class Capture(Mode):
     def _recorded(self, func: Any, args: Any, kwargs: Any, found: table.Op | None) -> Any:
         written, places = targets(func, args, kwargs), out_names(func)
         given = (args, {k: v for k, v in kwargs.items() if found is None or k not in places})
-        refs = self._with_refs(given) if written else None  # before values change
+        refs = self._with_refs(given, func) if written else None  # before values change
         before = [(x, *self._whole(x)) for x in written if not self._is_unknown(x)]
         olds = {} if torch.is_grad_enabled() else {id(x): self.memory.read(x) for x in written}
         result = func(*args, **kwargs)
@@ -114,7 +123,7 @@ class Capture(Mode):
         fresh = [x for x in outs if not any(x is target for target in written)]
         if not into and not any(map(self._is_unknown, fresh)):
             return result  # a constant, or nothing
-        self._add_node(func, refs or self._with_refs(given), found, fresh, into, olds)
+        self._add_node(func, refs or self._with_refs(given, func), found, fresh, into, olds)
         return result
 
     def _add_node(
@@ -189,15 +198,18 @@ class Capture(Mode):
     def _is_unknown(self, tensor: torch.Tensor) -> bool:
         return isinstance(tensor, FakeTensor) or self.memory.is_known(tensor)
 
-    def _with_refs(self, tree: Any) -> Any:
-        return torch_pytree.tree_map_only(torch.Tensor, lambda x: Ref(self.memory.read(x)), tree)
+    def _with_refs(self, given: tuple[Any, Any], func: Any = None) -> tuple[Any, Any]:
+        """The arguments of an op with a `Ref` for each tensor, and with JAX's sizes."""
+        args, kwargs = torch_pytree.tree_map_only(torch.Tensor, lambda x: Ref(self.memory.read(x)), given)
+        return (args, kwargs) if self._sizes is None else self._sizes.arguments(func, args, kwargs)
 
     def _new(self, aval: Aval, dtype: torch.dtype) -> int:
         self._values.append(Value(aval, dtype))
         return len(self._values) - 1
 
     def _new_like(self, tensor: torch.Tensor) -> int:
-        return self._new(Aval(tuple(tensor.shape), to_jax(tensor.dtype)), tensor.dtype)
+        shape = tuple(tensor.shape) if self._sizes is None else self._sizes.in_jax(tensor.shape)
+        return self._new(Aval(shape, to_jax(tensor.dtype)), tensor.dtype)
 
     def _constant(self, tensor: torch.Tensor) -> int:
         if isinstance(tensor, FakeTensor):
@@ -221,12 +233,20 @@ class Capture(Mode):
             whole = tensor.detach().as_strided((length,), (1,), 0)
         return whole, self._constant(whole)
 
-    def _window(self, value: int, places: np.ndarray, like: torch.Tensor) -> int:
+    def _window(self, value: int, places: Places, like: torch.Tensor) -> int:
+        places = self._in_jax(places)
         return self._internal("window", window(places, self._values[value].aval.shape), (Ref(value),), like)
 
-    def _put(self, value: int, part: int, places: np.ndarray, like: torch.Tensor) -> int:
+    def _put(self, value: int, part: int, places: Places, like: torch.Tensor) -> int:
+        places = self._in_jax(places)
         function = put(places, self._values[value].aval.shape)
         return self._internal("put", function, (Ref(value), Ref(part)), like)
+
+    def _in_jax(self, places: Places) -> Places:
+        if self._sizes is None or not isinstance(places, Strided):
+            return places
+        shape, strides = self._sizes.in_jax(places.shape), self._sizes.in_jax(places.strides)
+        return Strided(shape, strides, self._sizes.size(places.offset))
 
     def _internal(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], like: torch.Tensor) -> int:
         number = self._new_like(like)

@@ -24,10 +24,11 @@ class Carrier:
     - `make`: what makes a JAX function of a torch function.
     - `name`: the callable that the ops are of.
     - `strict`: whether no op may be carried.
+    - `has_sizes`: whether there are sizes that are not known, which torch could not compute with.
     """
 
-    def __init__(self, make: Make, name: str, *, strict: bool):
-        self._make, self._name, self._strict = make, name, strict
+    def __init__(self, make: Make, name: str, *, strict: bool, has_sizes: bool = False):
+        self._make, self._name, self._strict, self._has_sizes = make, name, strict, has_sizes
 
     def __call__(
         self, func: Any, args: Any, kwargs: Mapping[str, Any], n_fresh: int, values: Sequence[Value]
@@ -37,6 +38,11 @@ class Carrier:
             raise TorchCallError(
                 f"{self._name} uses {op_name(func)}, for which engine='xla' has no JAX function, and with strict=True "
                 "torch computes none. Leave out strict=True to have torch compute this op, or use engine='torch'."
+            )
+        if self._has_sizes:
+            raise TorchCallError(
+                f"{self._name} uses {op_name(func)}, for which engine='xla' has no JAX function, and torch computes "
+                "with sizes that are known only. Export with sizes that are known, once for each size."
             )
         leaves, treedef = torch_pytree.tree_flatten((args, dict(kwargs)), is_leaf=lambda x: isinstance(x, Ref))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Ref)]

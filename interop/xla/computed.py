@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..errors import TorchCallError
+from ..errors import TorchCallError, quote
 from ..internals import torch_pytree
 from ..tracing.trace import Trace
 from ..types import CallOptions
 from .dtypes import cast
-from .graph import Graph, Node, Ref
+from .graph import Graph, Measure, Node, Ref
 
 
 class Computed:
@@ -48,9 +48,13 @@ class Computed:
     def _compute(self, node: Node, env: dict[int, Any], more: dict[str, Any]) -> None:
         # What torch computes without gradients need not have a derivative.
         given = jax.lax.stop_gradient if node.stops and node.is_carried else lambda x: x
-        args, kwargs = torch_pytree.tree_map_only(Ref, lambda ref: given(env[ref.number]), (node.args, node.kwargs))
+
+        def array(x: Any) -> Any:
+            return given(env[x.number]) if isinstance(x, Ref) else x.make()
+
+        args, kwargs = torch_pytree.tree_map_only((Ref, Measure), array, (node.args, node.kwargs))
         with jax.named_scope(node.name):
-            result = node.function(*args, **kwargs, **more)
+            result = self._result(node, args, kwargs | more)
             results = [x for x in _flat(result) if x is not None]
             for number, x in zip(node.outs, results, strict=True):
                 aval = self.graph.values[number].aval
@@ -64,6 +68,19 @@ class Computed:
                     old = node.olds.get(number)
                     value = jax.lax.stop_gradient(value) if old is None else _in_place_of(env[old], value)
                 env[number] = value
+
+    def _result(self, node: Node, args: Any, kwargs: Any) -> Any:
+        try:
+            return node.function(*args, **kwargs)
+        except TorchCallError:
+            raise
+        except Exception as exc:
+            if self.graph.has_known_sizes:
+                raise
+            raise TorchCallError(
+                f"{self._name}: JAX's function for {node.name} needs sizes that are known. Export with sizes that are "
+                f"known, once for each size.\nJAX said: {quote(exc)}"
+            ) from exc
 
 
 @jax.custom_jvp

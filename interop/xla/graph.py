@@ -17,6 +17,14 @@ class Ref:
 
 
 @dataclass(frozen=True)
+class Measure:
+    """A number that follows from sizes which are not known."""
+
+    make: Callable[[], Any]
+    """What makes an array of it, within a program."""
+
+
+@dataclass(frozen=True)
 class Value:
     """What is known of a value beforehand."""
 
@@ -74,6 +82,11 @@ class Graph:
                 nodes.append(node)
         constants = {number: x for number, x in self.constants.items() if number in live}
         return Graph(self.values, constants, nodes[::-1], self.outputs)
+
+    @property
+    def has_known_sizes(self) -> bool:
+        """Whether all of its sizes are known."""
+        return all(isinstance(n, int) for value in self.values for n in value.aval.shape)
 
     def carried(self) -> tuple[str, ...]:
         """The names of ops that torch computes, each once."""

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from ..errors import TorchCallError
+from .windows import Places, Strided
 
-Geometry = tuple[tuple[int, ...], tuple[int, ...], Any]
+Geometry = tuple[tuple[Any, ...], tuple[Any, ...], Any]
 
 
 @dataclass
@@ -22,6 +23,20 @@ class _Storage:
     base: torch.Tensor
     version: int = 0
     views: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A tensor with the value that it had when it was last asked for."""
+
+    tensor: torch.Tensor
+    value: int
+    storage: _Storage
+    version: int
+
+    def is_current(self, storage: _Storage) -> bool:
+        """Whether it has that value still: it lies where it did (`x.data = y`), and nothing was written there."""
+        return self.storage is storage and self.version == storage.version
 
 
 class Memory:
@@ -39,13 +54,13 @@ class Memory:
         self,
         storage_of: Callable[[torch.Tensor], int],
         constant: Callable[[torch.Tensor], int],
-        window: Callable[[int, np.ndarray, torch.Tensor], int],
-        put: Callable[[int, int, np.ndarray, torch.Tensor], int],
+        window: Callable[[int, Places, torch.Tensor], int],
+        put: Callable[[int, int, Places, torch.Tensor], int],
     ):
         self._storage_of = storage_of
         self._constant, self._window, self._put = constant, window, put
         self._storages: dict[int, _Storage] = {}
-        self._tensors: dict[int, tuple[torch.Tensor, int, int]] = {}  # held, so that no id is used again
+        self._tensors: dict[int, _Held] = {}  # held, so that no id is used again
 
     def is_known(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's memory has a value here; if not, it is a constant."""
@@ -59,7 +74,7 @@ class Memory:
     def _note(self, tensor: torch.Tensor, value: int, storage: _Storage) -> None:
         if id(tensor) not in self._tensors:
             storage.views.append(id(tensor))
-        self._tensors[id(tensor)] = (tensor, value, storage.version)
+        self._tensors[id(tensor)] = _Held(tensor, value, storage, storage.version)
 
     def read(self, tensor: torch.Tensor) -> int:
         """The value of a tensor."""
@@ -67,8 +82,8 @@ class Memory:
         if storage is None:
             return self._constant(tensor)
         held = self._tensors.get(id(tensor))
-        if held is not None and held[2] == storage.version:
-            return held[1]
+        if held is not None and held.is_current(storage):
+            return held.value
         is_whole = _geometry(tensor) == _geometry(storage.base) and tensor.dtype == storage.base.dtype
         value = storage.value if is_whole else self._window(storage.value, self._places(storage, tensor), tensor)
         self._note(tensor, value, storage)
@@ -82,30 +97,41 @@ class Memory:
             storage.version += 1
         else:
             places = self._places(storage, tensor)
-            own = _offsets_of(tensor)
-            apart = [held for held in self._current(storage) if not np.isin(_offsets_of(held[0]), own).any()]
+            apart = [] if isinstance(places, Strided) else self._apart(storage, tensor)
             storage.value = self._put(storage.value, value, places, storage.base)
             storage.version += 1
-            for other, held, _ in apart:  # such as the other parts of a tensor that was split
-                self._note(other, held, storage)
+            for held in apart:  # such as the other parts of a tensor that was split
+                self._note(held.tensor, held.value, storage)
         self._note(tensor, value, storage)
 
-    def _current(self, storage: _Storage) -> list[tuple[torch.Tensor, int, int]]:
+    def _apart(self, storage: _Storage, tensor: torch.Tensor) -> list["_Held"]:
+        """The tensors of a storage whose values are known, and that share no element with another one."""
+        own = _offsets_of(tensor)
+        return [held for held in self._current(storage) if not np.isin(_offsets_of(held.tensor), own).any()]
+
+    def _current(self, storage: _Storage) -> list["_Held"]:
         """The tensors of a storage whose values are known, but for large ones."""
         every = (self._tensors[i] for i in storage.views)
-        return [held for held in every if held[2] == storage.version and held[0].numel() <= _MOST_COMPARED]
+        return [held for held in every if held.is_current(storage) and held.tensor.numel() <= _MOST_COMPARED]
 
     def adopt(self, whole: torch.Tensor, value: int) -> None:
         """A constant's memory, in which something unknown was written: what it was before."""
         self._storages.setdefault(self._storage_of(whole), _Storage(value, whole))
 
-    def _places(self, storage: _Storage, tensor: torch.Tensor) -> np.ndarray:
+    def _places(self, storage: _Storage, tensor: torch.Tensor) -> Places:
         """Where in the flat value of a storage the elements of a tensor are."""
         if tensor.dtype != storage.base.dtype or tensor.is_conj() or tensor.is_neg():
             raise TorchCallError(
                 f"it writes into memory that a tensor of {tensor.dtype} and one of {storage.base.dtype} share, which "
                 "engine='xla' cannot follow. Clone the view before the write, or use engine='torch'."
             )
+        if _is_symbolic(storage.base) or _is_symbolic(tensor):
+            if not (storage.base.is_contiguous() and storage.base.storage_offset() == 0):
+                raise TorchCallError(
+                    "it writes into a view of a tensor that has symbolic sizes and does not lie in memory in order. "
+                    "Call `.contiguous()` before, or export with sizes that are known, once for each size."
+                )
+            return Strided(*_geometry(tensor))
         base = _offsets(_geometry(storage.base)).ravel()
         places = np.full(max(base.max(initial=-1), _offsets(_geometry(tensor)).max(initial=-1)) + 1, -1)
         places[base] = np.arange(base.size)
@@ -121,6 +147,11 @@ def _offsets_of(tensor: torch.Tensor) -> np.ndarray:
 
 def _geometry(tensor: torch.Tensor) -> Geometry:
     return tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset()
+
+
+def _is_symbolic(tensor: torch.Tensor) -> bool:
+    shape, strides, offset = _geometry(tensor)
+    return any(isinstance(n, torch.SymInt) for n in (*shape, *strides, offset))
 
 
 def _offsets(geometry: Geometry) -> np.ndarray:

@@ -44,3 +44,16 @@ def targets(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[torch.Tenso
 def is_inplace_view(func: Any) -> bool:
     """Whether an op changes the geometry of its operand and no value: `t_`."""
     return torch.Tag.inplace_view in func.tags
+
+
+@functools.cache
+def parameters(func: Any) -> tuple[str, ...]:
+    """The names of the arguments of an op; none of a function that is no op."""
+    return tuple(a.name for a in func._schema.arguments) if hasattr(func, "_schema") else ()
+
+
+@functools.cache
+def size_names(func: Any) -> frozenset[str]:
+    """Those that are sizes or positions, and not numbers to compute with."""
+    declared = func._schema.arguments if hasattr(func, "_schema") else ()
+    return frozenset(a.name for a in declared if "int" in str(a.type))

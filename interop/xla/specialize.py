@@ -1,17 +1,17 @@
 """A target at one signature: traced as for the other engine, then captured, and made a JAX function."""
 
-import os
-import traceback
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import torch
 
 from ..errors import ForeignTensorError, TorchCallError, quote
-from ..internals import DataDependentOutputException, DynamicOutputShapeException, without_transforms
+from ..internals import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    composites_in_python,
+    without_transforms,
+)
 from ..modes.fake_run import fake_mode
 from ..modes.kernels import plain_kernels
 from ..modes.known import KnownConstants
@@ -20,15 +20,18 @@ from ..tracing.specialize import trace_of, traceable
 from ..tracing.target import Target
 from ..tracing.trace import Trace, failed
 from ..tracing.traceable import Flat, Traceable
-from ..types import Aval, CallOptions, Operand
-from ..values import dtypes
+from ..types import Aval, CallOptions
 from ..values.dtypes import is_inexact_tensor
 from ..values.trees import flatten_registering
 from .capture import Capture
 from .carried import Carrier, Make
 from .computed import Computed
 from .graph import Graph
+from .lines import line_of
 from .user_code import heard
+
+if TYPE_CHECKING:
+    from .sizes import Sizes  # which loads more of torch, where it is needed
 
 
 def specialize(
@@ -57,13 +60,8 @@ def specialize(
     """
     given = traceable(target, arguments, key, device, explores=False)
     traced = given if key is None else given.without_key()
-    _refuse_symbols(target.name, traced.operands)
-    try:
-        found = trace_of(target, given, options.out_shape, tuple)
-    except TorchCallError as exc:
-        if isinstance(exc.__cause__, ForeignTensorError):
-            raise
-        raise (_explained(given, exc.__cause__) or exc) from exc.__cause__
+    sizes = _sizes_of(traced)
+    found = _found(target, given, options) if sizes is None else _found_by_example(target, given, sizes)
     if found.host_random:
         raise TorchCallError(
             f"{target.name} draws from {' and '.join(sorted(found.host_random))}, whose numbers would be the same in "
@@ -71,37 +69,77 @@ def specialize(
         )
     found = replace(target.check(found, stateful=stateful), watched=False)
     run = target.runner(arguments.filler(), found, stateful=stateful)
-    graph = _captured(run, traced, found, Carrier(torch_function, target.name, strict=options.strict))
+    carrier = Carrier(torch_function, target.name, strict=options.strict, has_sizes=sizes is not None)
+    graph = _captured(run, traced, found, carrier, sizes)
     return Computed(target.name, graph, found, options, len(traced.operands))
+
+
+def _found(target: Target, given: Traceable, options: CallOptions) -> Trace:
+    try:
+        return trace_of(target, given, options.out_shape, tuple)
+    except TorchCallError as exc:
+        if isinstance(exc.__cause__, ForeignTensorError):
+            raise
+        raise (_explained(given, exc.__cause__) or exc) from exc.__cause__
+
+
+def _sizes_of(traced: Traceable) -> "Sizes | None":
+    """The sizes that are not known, if there are such."""
+    shapes = [x.aval.shape for x in traced.operands]
+    if all(isinstance(n, int) for shape in shapes for n in shape):
+        return None
+    from .sizes import Sizes
+
+    return Sizes(traced.name, shapes)
+
+
+def _found_by_example(target: Target, given: Traceable, sizes: "Sizes") -> Trace:
+    """What a target does at sizes that are made up: all but shapes is the same at others."""
+    operands = [replace(x, aval=Aval(sizes.in_example(x.aval.shape), x.aval.dtype)) for x in given.operands]
+    try:
+        return _found(target, replace(given, operands=operands), CallOptions())
+    except TorchCallError as exc:
+        shown = ", ".join(f"{name} = {n}" for name, n in sizes.example.items())
+        raise type(exc)(f"{exc}\n(Its symbolic sizes were tried as {shown}.)") from exc.__cause__
 
 
 _COMPOSED = frozenset({"attention", "recurrent", "linear cross entropy"})
 """Kernels whose parts are captured. The last one computes what it needs for a gradient if it is asked for one."""
 
 
-def _captured(run: Flat, traced: Traceable, found: Trace, carrier: Carrier) -> Graph:
-    with without_transforms(), fake_mode() as mode, plain_kernels(_COMPOSED):
+def _captured(run: Flat, traced: Traceable, found: Trace, carrier: Carrier, sizes: "Sizes | None") -> Graph:
+    env = None if sizes is None else sizes.env
+    with without_transforms(), fake_mode(sizes=env) as mode, plain_kernels(_COMPOSED):
         try:
-            return _capture(run, traced, found, mode, carrier)
+            if sizes is None:
+                return _capture(run, traced, found, mode, carrier)
+            with composites_in_python():
+                return _capture(run, traced, found, mode, carrier, sizes)
         except TorchCallError:
             raise
         except (DataDependentOutputException, DynamicOutputShapeException) as exc:
             raise reading_error(traced.name, exc) from exc
         except Exception as exc:
-            raise TorchCallError(
-                f"{traced.name} cannot be captured for engine='xla'.\ntorch said: {quote(exc)}"
-            ) from exc
+            remedy = "" if sizes is None else " Export with sizes that are known, once for each size."
+            said = f"cannot be captured for engine='xla'{' with symbolic sizes' if sizes else ''}.{remedy}"
+            raise TorchCallError(f"{traced.name} {said}\ntorch said: {quote(exc)}") from exc
 
 
-def _capture(run: Flat, traced: Traceable, found: Trace, mode: KnownConstants, carrier: Carrier) -> Graph:
-    operands = [torch.empty(shape, dtype=dtype, device=traced.device) for shape, dtype in traced.specs]
+def _capture(
+    run: Flat, traced: Traceable, found: Trace, mode: KnownConstants, carrier: Carrier, sizes: "Sizes | None" = None
+) -> Graph:
+    shapes = [shape if sizes is None else sizes.in_torch(shape) for shape, _ in traced.specs]
+    dtypes = [dtype for _, dtype in traced.specs]
+    operands = [torch.empty(s, dtype=d, device=traced.device) for s, d in zip(shapes, dtypes, strict=True)]
     for i in traced.trainable if found.differentiates else ():
         operands[i].requires_grad_(is_inexact_tensor(operands[i]))
     avals = [Aval(x.aval.shape, x.aval.dtype) for x in traced.operands]
-    capture = Capture(traced.name, operands, avals, mode, carrier)
+    capture = Capture(traced.name, operands, avals, mode, carrier, sizes)
     with torch.enable_grad(), capture, heard(capture):
         output, state = run(*operands)
     leaves, _ = flatten_registering(output, every_record=True)
+    if sizes is not None:
+        sizes.check(leaves)
     outs = [*(y for y in leaves if isinstance(y, torch.Tensor)), *state]
     return capture.graph(outs)
 
@@ -126,32 +164,3 @@ def reading_error(name: str, exc: Exception) -> TorchCallError:
         "cannot do that. Compute with the tensor instead (torch.where, a mask), pass the value as a static argument, "
         "or use engine='torch'."
     )
-
-
-def line_of(exc: BaseException) -> str | None:
-    """The innermost line of a user's code among those that led to an exception: `file:line`, and what stands there."""
-    frames = traceback.extract_tb(exc.__traceback__)
-    own = [f for f in frames if not f.filename.startswith(_LIBRARIES) and not f.filename.startswith("<")]
-    return f"{own[-1].filename}:{own[-1].lineno} (`{own[-1].line}`)" if own else None
-
-
-_PACKAGE = Path(__file__).parents[2]
-_TORCH = Path(torch.__file__).parent
-_FOLDERS = (
-    _TORCH,
-    Path(jax.__file__).parent,
-    _PACKAGE / "interop",
-    _PACKAGE / "layers",
-    *(_TORCH.parent / name for name in ("jaxtyping", "beartype", "equinox", "flax")),
-)
-_LIBRARIES = tuple(f"{folder}{os.sep}" for folder in _FOLDERS)
-
-
-def _refuse_symbols(name: str, operands: Sequence[Operand]) -> None:
-    for operand in operands:
-        if not all(isinstance(n, int) for n in operand.aval.shape):
-            raise TorchCallError(
-                f"{name}: argument {operand.name} has the symbolic shape {operand.aval.shape}, and torch is traced "
-                "with sizes that are known. Export with sizes that are known, once for each size."
-            )
-        dtypes.to_torch_dtype(operand.aval.dtype)

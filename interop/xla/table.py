@@ -12,6 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+Size = Any
+"""A size or a position among the arguments of an op: a number, or a symbolic one of JAX's."""
+
 _SUBJECTS = (
     "elementwise",
     "arithmetic",
@@ -36,6 +39,7 @@ _SUBJECTS = (
     "losses",
     "fourier",
     "random",
+    "sampling",
     "sorting",
     "backward",
 )

@@ -29,6 +29,9 @@ class _Detaching(FunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _RECURRENT and len(args) == 9 and not isinstance(args[3], list | tuple):  # not of packed sequences
             return self._capture.whole(func, _RECURRENT[func], args, kwargs or {})
+        if func in _MAX_POOL and len(args) < 7 and not (kwargs or {}).get("return_indices"):
+            given = {k: v for k, v in (kwargs or {}).items() if k != "return_indices"}
+            return torch.nn.functional.max_pool1d_with_indices(*args, **given)[0]
         if func not in _DETACHING:
             return func(*args, **(kwargs or {}))
         self._capture.detaching += 1
@@ -40,6 +43,9 @@ class _Detaching(FunctionMode):
 
 _DETACHING = (torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__)  # pyright: ignore[reportAttributeAccessIssue]
 
+
+_MAX_POOL = (torch.max_pool1d, torch.nn.functional.max_pool1d)  # pyright: ignore[reportPrivateImportUsage]
+"""Of which torch has a kernel for inference that wants to know sizes."""
 
 _RECURRENT = {
     torch.lstm: "lstm.input",  # pyright: ignore[reportPrivateImportUsage]

@@ -17,6 +17,8 @@ from samples import as_torch
 from torch.nn import functional as F
 from torchleaf import torch_function
 
+pytestmark = pytest.mark.both_engines
+
 X = jnp.arange(6.0).reshape(2, 3) / 3 - 0.5
 
 

@@ -6,6 +6,8 @@ import pytest
 import torchleaf
 from torch import nn
 
+pytestmark = pytest.mark.both_engines
+
 
 def test_fields():
     module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()

@@ -17,7 +17,7 @@ from layer_catalogue import SPECS
 from module_reference import snapshot, torch_gradients_of, weighted_sum
 from torch import nn
 
-pytestmark = every_framework
+pytestmark = [every_framework, pytest.mark.both_engines]
 
 
 def _mixed() -> nn.Module:

@@ -12,7 +12,7 @@ from custom_layers import ParameterContainers
 from frameworks import eager_and_jit, every_framework
 from torch import nn
 
-pytestmark = every_framework
+pytestmark = [every_framework, pytest.mark.both_engines]
 
 
 @pytest.fixture
@@ -147,6 +147,7 @@ def test_int64_buffers_arrive_as_int64_in_torch(framework):
 # --- options -------------------------------------------------------------------------------------
 
 
+@pytest.mark.torch_engine
 def test_forward_mode_option_reaches_the_call(framework):
     model, x = framework(nn.Linear(3, 4), forward_mode=False), jnp.ones(3)
     assert jax.grad(lambda x: model(x).sum())(x).shape == (3,)
@@ -154,6 +155,7 @@ def test_forward_mode_option_reaches_the_call(framework):
         jax.jvp(model, (x,), (x,))
 
 
+@pytest.mark.torch_engine
 def test_vmap_method_option_reaches_the_call(framework, rng):
     class Sequence(nn.GRU):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -168,6 +170,7 @@ def test_vmap_method_option_reaches_the_call(framework, rng):
         framework(gru, vmap_method="vmap").vmap(lambda m, x: m(x))(xs)
 
 
+@pytest.mark.torch_engine
 def test_out_shape_option_serves_a_forward_that_reads_values(framework, x):
     class Checked(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

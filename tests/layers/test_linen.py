@@ -15,6 +15,8 @@ from linen_models import by_torch_name, mixed, normal, tensors
 from module_reference import snapshot, torch_gradients_of, weighted_sum
 from torch import nn as tnn
 
+pytestmark = pytest.mark.both_engines
+
 TorchModule = torchleaf.linen.TorchModule
 KEY = jax.random.key(0)
 
@@ -226,6 +228,7 @@ def test_frozen_dicts_are_variables_too():
     assert_trees_close((y, updates), expected, rtol=0, atol=0)
 
 
+@pytest.mark.torch_engine
 def test_options_reach_the_call(rng):
     x = normal(rng, 3)
     reverse = TorchModule(tnn.Linear(3, 4), forward_mode=False)
@@ -238,6 +241,7 @@ def test_options_reach_the_call(rng):
         jax.jvp(lambda x: changed.apply(variables, x), (x,), (x,))
 
 
+@pytest.mark.torch_engine
 def test_out_shape_option_serves_a_forward_that_reads_values(rng):
     class Checked(tnn.Linear):
         def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -8,6 +8,8 @@ import torchleaf
 from compare import assert_trees_close
 from torch import nn
 
+pytestmark = pytest.mark.both_engines
+
 over_leaves = {"in_axes": (eqx.if_array(0), None)}
 
 

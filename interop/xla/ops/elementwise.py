@@ -47,6 +47,22 @@ def _brought(x: Any, dtype: Any) -> Any:
     return cast(x, dtype) if is_array(x) or isinstance(x, Number) else x
 
 
+@op("nextafter")
+def nextafter(x: Any, y: Any, *, out: Any) -> Any:
+    """The next number towards another one, with the derivative of the first."""
+    return _nextafter(*jnp.broadcast_arrays(cast(x, out.dtype), cast(y, out.dtype)))
+
+
+@jax.custom_jvp
+def _nextafter(x: Any, y: Any) -> Any:
+    return jnp.nextafter(x, y)
+
+
+@_nextafter.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    return _nextafter(*primals), tangents[0]
+
+
 def _register(table: dict[str, Callable[..., Any]]) -> None:
     for name, function in table.items():
         register_unary(name, function)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..dtypes import opmath
-from ..table import op
+from ..table import Size, op
 from .reductions import root
 
 
@@ -21,20 +21,20 @@ def _standardised(x: Any, axes: Sequence[int], eps: float) -> tuple[Any, Any, An
     return centred * scale, mean, scale
 
 
-def _affine(x: Any, weight: Any, bias: Any, shape: Sequence[int]) -> Any:
+def _affine(x: Any, weight: Any, bias: Any, shape: Sequence[Size]) -> Any:
     x = x if weight is None else x * weight.astype(x.dtype).reshape(shape)
     return x if bias is None else x + bias.astype(x.dtype).reshape(shape)
 
 
 @op("native_layer_norm")
-def layer_norm(x: Any, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Any:
+def layer_norm(x: Any, shape: Sequence[Size], weight: Any, bias: Any, eps: float) -> Any:
     """Over the last axes; the result, means and reciprocal deviations."""
     normed, mean, scale = _standardised(x.astype(opmath(x.dtype)), range(x.ndim - len(shape), x.ndim), eps)
     return _affine(normed, weight, bias, shape), *map(lax.stop_gradient, (mean, scale))
 
 
 @op("_fused_rms_norm")
-def rms_norm(x: Any, shape: Sequence[int], weight: Any, eps: float | None) -> Any:
+def rms_norm(x: Any, shape: Sequence[Size], weight: Any, eps: float | None) -> Any:
     """By the root of the mean square of the last axes."""
     wide = x.astype(opmath(x.dtype))
     axes = tuple(range(x.ndim - len(shape), x.ndim))
@@ -43,7 +43,7 @@ def rms_norm(x: Any, shape: Sequence[int], weight: Any, eps: float | None) -> An
 
 
 @op("native_group_norm")
-def group_norm(x: Any, weight: Any, bias: Any, n: int, channels: int, size: int, groups: int, eps: float) -> Any:
+def group_norm(x: Any, weight: Any, bias: Any, n: Size, channels: int, size: Size, groups: int, eps: float) -> Any:
     """Over groups of channels."""
     wide = x.astype(opmath(x.dtype)).reshape(n, groups, -1)
     normed, mean, scale = _standardised(wide, (2,), eps)

@@ -10,11 +10,11 @@ import numpy as np
 from jax import lax
 
 from ..dtypes import category, opmath
-from ..table import op
+from ..table import Size, op
 from .convolution import _each
 
 
-def _widths(x: Any, out: Any, kernel: Any, stride: Any, padding: Any, dilation: Any) -> list[tuple[int, int]]:
+def _widths(x: Any, out: Any, kernel: Any, stride: Any, padding: Any, dilation: Any) -> list[tuple[int, Size]]:
     """How much to pad the last axes, or to cut, so that as many windows fit as the result has."""
     n = len(kernel)
     reach = [(o - 1) * s + d * (k - 1) + 1 for o, s, d, k in zip(out[-n:], stride, dilation, kernel, strict=True)]
@@ -58,21 +58,25 @@ def _max_pool(
     lowest = -jnp.inf if category(x.dtype) == 2 else jnp.iinfo(x.dtype).min
     lead = [(0, 0, 0)] * (x.ndim - n)
     padded = lax.pad(x, jnp.asarray(lowest, x.dtype), lead + [(*w, 0) for w in widths])
-    places = np.arange(math.prod(x.shape[-n:])).reshape(x.shape[-n:])
-    numbers = lax.pad(jnp.asarray(places, jnp.int32), jnp.int32(-1), [(*w, 0) for w in widths])
+    places = lax.iota(jnp.int32, math.prod(x.shape[-n:])).reshape(x.shape[-n:])
+    numbers = lax.pad(places, jnp.int32(-1), [(*w, 0) for w in widths])
     best: Any = None
     at: Any = None
     for offset in itertools.product(*map(range, kernel)):
         starts = [o * d for o, d in zip(offset, dilation, strict=True)]
         ends = [b + (m - 1) * s + 1 for b, m, s in zip(starts, shape[-n:], stride, strict=True)]
-        window = tuple(slice(b, e, s) for b, e, s in zip(starts, ends, stride, strict=True))
-        value, number = padded[(..., *window)], numbers[window]
+        value, number = (_last_axes(y, starts, ends, stride) for y in (padded, numbers))
         if best is None:
             best, at = value, jnp.broadcast_to(number, value.shape)
             continue
         takes = (value > best) | (value != value) | ((at < 0) & (number >= 0))
         best, at = jnp.where(takes, value, best), jnp.where(takes, number, at)
     return best, at
+
+
+def _last_axes(x: Any, starts: Sequence[int], ends: Sequence[Size], steps: Sequence[int]) -> Any:
+    lead = x.shape[: x.ndim - len(starts)]
+    return lax.slice(x, (*(0,) * len(lead), *starts), (*lead, *ends), (*(1,) * len(lead), *steps))
 
 
 @op("avg_pool1d", "avg_pool2d", "avg_pool3d")
@@ -100,36 +104,37 @@ def avg_pool(
     )
     if divisor_override is not None:
         return summed / divisor_override
-    counts = np.ones((1,) * n)
+    counts: Any = np.ones((1,) * n)
     for axis, (size, m, k, s, p) in enumerate(zip(x.shape[-n:], out.shape[-n:], kernel, stride, padding, strict=True)):
-        starts = np.arange(m) * s - p
-        ends = np.minimum(starts + k, size + p)
-        count = ends - starts if count_include_pad else np.minimum(ends, size) - np.maximum(starts, 0)
+        along: Any = np if isinstance(m, int) and isinstance(size, int) else jnp
+        starts = along.arange(m) * s - p
+        ends = along.minimum(starts + k, size + p)
+        count = ends - starts if count_include_pad else along.minimum(ends, size) - along.maximum(starts, 0)
         counts = counts * count.reshape([-1 if i == axis else 1 for i in range(n)])
     return summed / counts.astype(wide.dtype)
 
 
-def _bins(size: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+def _bins(size: Size, n: Size) -> tuple[Any, Any]:
     """Where the windows of adaptive pooling begin and end."""
-    i = np.arange(n)
+    i = (np if isinstance(size, int) and isinstance(n, int) else jnp).arange(n)
     return i * size // n, -((-(i + 1) * size) // n)
 
 
 @op("adaptive_avg_pool1d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d")
-def adaptive_avg_pool(x: Any, sizes: Sequence[int], *, out: Any) -> Any:
+def adaptive_avg_pool(x: Any, sizes: Sequence[Size], *, out: Any) -> Any:
     """The means of as many windows as are asked for."""
     n, wide = len(sizes), x.astype(opmath(x.dtype))
     for axis in range(x.ndim - n, x.ndim):
         size, m = x.shape[axis], out.shape[axis]
         starts, ends = _bins(size, m)
-        place = np.arange(size)
+        place = jnp.arange(size)
         weights = ((place >= starts[:, None]) & (place < ends[:, None])) / (ends - starts)[:, None]
         wide = jnp.moveaxis(jnp.tensordot(wide, weights.astype(wide.dtype), [[axis], [1]]), -1, axis)
     return wide
 
 
 @op("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d")
-def adaptive_max_pool(x: Any, sizes: Sequence[int], *, out: Any) -> Any:
+def adaptive_max_pool(x: Any, sizes: Sequence[Size], *, out: Any) -> Any:
     """The maxima of as many windows as are asked for, and where they are."""
     n = len(sizes)
     shape, inner = out[0].shape, x.shape[-n:]

@@ -1,5 +1,7 @@
 """Shapes: views, joins, splits, copies. Most are told by the shape of the result."""
 
+import itertools
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from ..dtypes import cast
-from ..table import op
+from ..table import Size, op
 from ..windows import put, window
 
 
@@ -74,33 +76,36 @@ def matrix_transpose(x: Any) -> Any:
 
 
 @op("slice")
-def take_slice(x: Any, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
+def take_slice(x: Any, dim: int = 0, start: Size = None, end: Size = None, step: int = 1) -> Any:
     """A slice of an axis."""
-    return x[(slice(None),) * (dim % x.ndim) + (slice(start, end, step),)]
+    return x[_part(x, dim, start, end, step)]
 
 
 @op("slice_scatter")
-def slice_scatter(
-    x: Any, source: Any, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-) -> Any:
+def slice_scatter(x: Any, source: Any, dim: int = 0, start: Size = None, end: Size = None, step: int = 1) -> Any:
     """With a slice of an axis replaced."""
-    return x.at[(slice(None),) * (dim % x.ndim) + (slice(start, end, step),)].set(cast(source, x.dtype))
+    return x.at[_part(x, dim, start, end, step)].set(cast(source, x.dtype))
+
+
+def _part(x: Any, dim: int, start: Size, end: Size, step: int) -> tuple[slice, ...]:
+    to_the_end = isinstance(end, int) and end >= sys.maxsize  # as torch writes it
+    return (slice(None),) * (dim % x.ndim) + (slice(start, None if to_the_end else end, step),)
 
 
 @op("select")
-def select(x: Any, dim: int, index: int) -> Any:
+def select(x: Any, dim: int, index: Size) -> Any:
     """One position of an axis."""
     return lax.index_in_dim(x, index, dim % x.ndim, keepdims=False)
 
 
 @op("select_scatter")
-def select_scatter(x: Any, source: Any, dim: int, index: int) -> Any:
+def select_scatter(x: Any, source: Any, dim: int, index: Size) -> Any:
     """With one position of an axis replaced."""
     return x.at[(slice(None),) * (dim % x.ndim) + (index,)].set(cast(source, x.dtype))
 
 
 @op("narrow")
-def narrow(x: Any, dim: int, start: int, length: int) -> Any:
+def narrow(x: Any, dim: int, start: Size, length: Size) -> Any:
     """A part of an axis."""
     return take_slice(x, dim, start, start + length)
 
@@ -109,8 +114,8 @@ def narrow(x: Any, dim: int, start: int, length: int) -> Any:
 def split(x: Any, sizes: Any, dim: int = 0, *, out: Any) -> Any:
     """Parts of an axis."""
     avals = out if isinstance(out, tuple) else (out,)
-    ends = np.cumsum([aval.shape[dim] for aval in avals])
-    return tuple(take_slice(x, dim, int(e) - a.shape[dim], int(e)) for e, a in zip(ends, avals, strict=True))
+    ends = itertools.accumulate(aval.shape[dim] for aval in avals)
+    return tuple(take_slice(x, dim, e - a.shape[dim], e) for e, a in zip(ends, avals, strict=True))
 
 
 @op("unbind")
@@ -133,7 +138,7 @@ def stack(tensors: Sequence[Any], dim: int = 0, *, out: Any) -> Any:
 
 
 @op("repeat")
-def repeat(x: Any, times: Sequence[int]) -> Any:
+def repeat(x: Any, times: Sequence[Size]) -> Any:
     """Tiled."""
     return jnp.tile(x, times) if len(times) else x
 

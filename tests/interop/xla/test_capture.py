@@ -236,3 +236,15 @@ def test_options_are_checked():
         )  # before types are checked
     with pytest.raises(ValueError, match="strict=True is for engine='xla'"):
         torchleaf.torch_function(torch.sin, strict=True)
+
+
+def test_data_that_is_set_is_what_is_read():
+    def swap(x):
+        y = x * 2
+        before = y.sum()
+        y.data = x + 1
+        return before, y * 3
+
+    x = torch.arange(3.0)
+    found = torchleaf.torch_function(swap, engine="xla")(from_torch(x))
+    assert_trees_close(found, from_torch(swap(x)))

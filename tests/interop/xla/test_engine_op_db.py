@@ -1,6 +1,9 @@
 """torch's operator database computed by XLA, with no op that torch computes: every transformation, against torch."""
 
 import functools
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -22,6 +25,7 @@ CHOSEN = [
     "fft.rfft",
     "floor_divide",
     "gather",
+    "grid_sampler_3d",
     "index_put",
     "lerp",
     "linalg.cholesky",
@@ -38,6 +42,7 @@ CHOSEN = [
     "nn.functional.layer_norm",
     "nn.functional.max_pool2d",
     "nn.functional.pad.reflect",
+    "nextafter",
     "pow",
     "remainder",
     "scatter_reduce.amax",
@@ -49,7 +54,7 @@ CHOSEN = [
 
 MISSING = [
     *("geqrf", "linalg.eig", "linalg.eigvals", "linalg.ldl_factor", "linalg.ldl_factor_ex", "linalg.ldl_solve"),
-    *("grid_sampler_3d", "hash_tensor", "resize_", "resize_as_", "nextafter"),
+    *("hash_tensor", "resize_", "resize_as_"),
     *("special.airy_ai", "special.bessel_j1", "special.bessel_y1"),
 ]
 """Operators with ops that JAX has no function for: torch computes them."""
@@ -99,3 +104,12 @@ def test_every_operator():
     names = [n for n in _operators() if n not in MISSING and n not in WRONG and not n.startswith("jiterator")]
     wrong = [text for name in names for text in _wrong(name)]
     assert len(wrong) == 0, "\n".join(wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_has_the_table_of_operators():
+    root = Path(__file__).parents[3]
+    program = [sys.executable, "-W", "ignore", root / "tests" / "engine_page.py"]  # without type checks, as users run
+    found = subprocess.run(program, check=True, capture_output=True, text=True).stdout
+    assert found in (root / "docs" / "xla_engine.md").read_text()

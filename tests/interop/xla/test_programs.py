@@ -1,14 +1,11 @@
 """What comes out is ordinary JAX: it exports, loops, differentiates to any order, and compiles for other platforms."""
 
-import pickle
 import subprocess
 import sys
 
 import equinox as eqx
 import jax
-import jax.export
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import torch
 import torchleaf
@@ -18,58 +15,9 @@ pytestmark = pytest.mark.all_cases
 XLA = {"engine": "xla", "strict": True}
 
 
-def _network():
-    return torch.nn.Sequential(
-        torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2), torch.nn.GELU(), torch.nn.Flatten(), torch.nn.Linear(72, 3)
-    ).eval()
-
-
 def _cell():
     cell = torch.nn.GRUCell(3, 4)
     return cell, torchleaf.TorchModule(cell, **XLA)
-
-
-# --- export ----------------------------------------------------------------------------------------------
-
-
-_LOAD = """
-import pickle, sys
-sys.modules["torch"] = None
-import jax, jax.export, numpy as np
-program = jax.export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
-leaves, x, expected = pickle.load(open(sys.argv[2], "rb"))
-assert "torch" not in [m for m in sys.modules if sys.modules[m] is not None]
-np.testing.assert_allclose(program.call(leaves, x), expected, rtol=1e-4, atol=1e-5)
-"""
-
-
-def test_an_exported_model_runs_without_torch(tmp_path):
-    pytest.importorskip("flatbuffers")
-    module, x = _network(), torch.randn(2, 1, 8, 8)
-    model = torchleaf.TorchModule(module, **XLA)
-    params, static = eqx.partition(model, eqx.is_array)
-    leaves, treedef = jax.tree.flatten(params)
-    exported = jax.export.export(
-        jax.jit(lambda leaves, x: eqx.combine(jax.tree.unflatten(treedef, leaves), static)(x))
-    )(leaves, from_torch(x))
-    (tmp_path / "program").write_bytes(exported.serialize())
-    given = (list(map(np.asarray, leaves)), x.numpy(), module(x).detach().numpy())
-    (tmp_path / "values").write_bytes(pickle.dumps(given))
-    subprocess.run([sys.executable, "-c", _LOAD, tmp_path / "program", tmp_path / "values"], check=True)
-
-
-def test_it_lowers_for_platforms_that_are_not_here():
-    model = torchleaf.TorchModule(_network(), **XLA)
-    exported = jax.export.export(jax.jit(lambda x: model(x)), platforms=("tpu", "cuda"))(jnp.ones((2, 1, 8, 8)))
-    assert exported.platforms == ("tpu", "cuda")
-    assert "stablehlo.convolution" in exported.mlir_module()
-
-
-def test_a_symbolic_size_is_an_error_that_says_what_to_do():
-    model = torchleaf.TorchModule(torch.nn.Linear(3, 4), **XLA)
-    shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, 3"), jnp.float32)
-    with pytest.raises(torchleaf.TorchCallError, match=r"symbolic shape \(b, 3\).*once for each size"):
-        jax.export.export(jax.jit(lambda x: model(x)))(shape)
 
 
 # --- loops and derivatives ---------------------------------------------------------------------------------
