@@ -1,7 +1,7 @@
 """The only door to what torch and JAX keep to themselves: their modules and names with an underscore.
 
 Each name says what it stands for and what breaks without it, so that a new release is tried here first. All of these
-are there in torch 2.11 to 2.14 and JAX 0.10 to 0.12.
+are there in torch 2.11 to 2.15 and JAX 0.10 to 0.12.
 """
 
 import functools
