@@ -62,13 +62,12 @@ def test_attention_recurrence_and_loops():
 
 def test_an_op_that_torch_computes():
     def torch_op(x):
-        return nn.functional.grid_sample(x, torch.zeros(2, 4, 4, 4, 3, device=x.device) + 0.2, align_corners=False)
+        return torch.linalg.eigvals(x.sin() / 9 + torch.diag(torch.arange(1.0, 4.0, device=x.device))).real.square()
 
-    x = numbers(2, 3, 4, 4, 4)
+    x = numbers(3, 3)
     fn = torch_function(torch_op, engine="xla")
-    expected = torch_op(torch.from_numpy(x))
     for run in range(4):
-        np.testing.assert_allclose(jax.jit(fn)(on_gpu(x + run)), expected + run, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(jax.jit(fn)(on_gpu(x + run)), torch_op(torch.from_numpy(x + run)), rtol=1e-3)
     (right,) = torch.autograd.grad(torch_op(t := torch.from_numpy(x).requires_grad_()).square().sum(), t)
     found = jax.jit(jax.grad(lambda x: jnp.sum(fn(x) ** 2)))(on_gpu(x))
     np.testing.assert_allclose(found, right, rtol=1e-3, atol=1e-3)
