@@ -120,14 +120,13 @@ def main() -> None:
 
     trained, frozen = [], []
     tuned = torchleaf.to_torch_module(model)
-    assert isinstance(tuned, peft.PeftModel)
     for (name, new), old in zip(tuned.named_parameters(), network.parameters(), strict=True):
         (trained if "lora" in name else frozen).append(torch.equal(new, old))
     check("frozen weights that changed", float(len(frozen) - sum(frozen)), 0.0)
     check("adapters that did not", float(sum(trained)), 0.0)
 
     with tempfile.TemporaryDirectory() as folder:
-        tuned.save_pretrained(folder)
+        peft.PeftModel.save_pretrained(tuned, folder)
         loaded = peft.PeftModel.from_pretrained(torchleaf.to_torch_module(base), folder)
     held_out = {name: counting(keys[-1], sign) for name, sign in (("up", 1), ("down", -1))}
     with torch.no_grad():

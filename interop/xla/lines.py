@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
@@ -54,11 +55,12 @@ _TORCH = Path(torch.__file__).parent
 _MODULES = f"{_TORCH / 'nn'}{os.sep}"
 _OF_SYMBOLS = (torch.__file__, "sym_node.py", "symbolic_shapes.py")
 """Methods of torch's symbols; those in the first file are there for Python's code, and ops ask without them."""
+_WRAPPERS = ("jaxtyping", "beartype", "equinox", "flax", "numpy")
 _FOLDERS = (
     _TORCH,
     Path(jax.__file__).parent,
     _PACKAGE / "interop",
     _PACKAGE / "layers",
-    *(_TORCH.parent / name for name in ("jaxtyping", "beartype", "equinox", "flax", "numpy")),
+    *(Path(spec.origin).parent for spec in map(find_spec, _WRAPPERS) if spec and spec.origin),
 )
 _LIBRARIES = tuple(f"{folder}{os.sep}" for folder in _FOLDERS)
