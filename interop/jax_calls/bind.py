@@ -67,7 +67,8 @@ class _JaxCall(torch.autograd.Function):
         return super().apply(*args) if innermost_transform() is not None else plain_apply(cls, *args)
 
     @staticmethod
-    def forward(call: JaxCall, program: Program | None, *tensors: torch.Tensor) -> Outputs:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(*args: Any) -> Outputs:
+        call, program, *tensors = args
         if program is None:
             return run_or_trace(call, tensors)
         return run_or_trace(program.call, [tensors[i] for i in program.picks])
@@ -117,8 +118,8 @@ class _JaxCall(torch.autograd.Function):
         return tuple(result)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Outputs, tuple[int, ...]]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (call, program, *tensors), dims = inputs, in_dims[2:]
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Outputs, tuple[int, ...]]:
+        (call, program, *tensors), dims = args, in_dims[2:]
         batched = call.vmap(tuple(dims[: len(call.avals)]), info.batch_size)
         if program is None:
             outs = bind(batched, *tensors)
