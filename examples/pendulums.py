@@ -1,6 +1,6 @@
 """A torch policy in an environment of JAX: pendulums are swung up, by gradients through the physics.
 
-The policy is a `torch.nn.Module`; the environment, in JAX, is run in `jax.lax.scan`, a thousand pendulums at once by
+The policy is a `torch.nn.Module`; the environment, in JAX, is run in `jax.lax.scan`, hundreds of pendulums at once by
 `jax.vmap`; the cost of an episode is differentiated through all its steps, and optax improves the policy. Before that,
 cost and gradients are compared with the same episodes written in torch alone.
 
@@ -19,9 +19,9 @@ import torchleaf
 from gallery import DARK, RED, check, figure, parse_arguments, progress, save
 from jaxtyping import Array, Float
 
-STEP, LENGTH = 0.05, 100
+STEP, LENGTH = 0.05, 140
 """Seconds of a step, and how many an episode has."""
-STRONGEST = 3.0
+STRONGEST = 5.0
 """The torque of the motor: too little to lift the pendulum at once, whose weight pulls with 10."""
 
 
@@ -105,7 +105,7 @@ def main() -> None:
     key = jax.random.key(arguments.seed)
     compare(policy, starts(key, 16))
 
-    n, steps = (64, 20) if arguments.quick else (1000, 200)
+    n, steps = (64, 20) if arguments.quick else (500, 800)
     params, static = eqx.partition(policy, torchleaf.trainable(policy))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(5e-3, steps)))
 
