@@ -37,6 +37,11 @@ class JaxCall:
         self.inexact_outs = tuple(i for i, a in enumerate(self.out_avals) if is_inexact(a.dtype))
         self.program = jax.jit(self._with_memory_of_its_own)
 
+    def program_within(self) -> Any:
+        """The program as it can be compiled while another one runs on the same GPU, for which XLA's autotuner waits."""
+        options: dict[str, Any] = {"xla_gpu_autotune_level": 0}
+        return self.remembered("within", lambda: jax.jit(self._with_memory_of_its_own, compiler_options=options))
+
     def _with_memory_of_its_own(self, *arrays: Any) -> list[Any]:
         """The outputs, none of which is an operand or another output, into which torch might write."""
         seen = {id(x) for x in arrays}

@@ -46,7 +46,8 @@ def run(call: JaxCall, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, .
 def _run(call: JaxCall, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     arrays = [_array(x, d, call) for x, d in zip(tensors, call.dtypes, strict=True)]
     try:
-        outs = call.program(*arrays)
+        is_within = depth_here() and tensors and tensors[0].is_cuda
+        outs = (call.program_within() if is_within else call.program)(*arrays)
         is_on_cpu = tensors[0].is_cpu if tensors else all(next(iter(y.devices())).platform == "cpu" for y in outs)
         if is_on_cpu:
             # XLA may still be reading operands, into which torch may write as soon as this returns. On a GPU, torch's

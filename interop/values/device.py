@@ -1,5 +1,6 @@
 """Where a torch call will run, as far as can be known while it is traced."""
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,9 +29,16 @@ def device_here(operands: Iterable[Any]) -> torch.device:
     if default is not None and not isinstance(default, str):
         return torch_device(default)
     platform = default or jax.default_backend()
-    return torch.device("cuda", 0) if platform in ("gpu", "cuda") else _CPU
+    return torch.device("cuda", 0) if platform in ("gpu", "cuda") and _has_cuda() else _CPU
 
 
 def torch_device(device: Any) -> torch.device:
     """torch's name for a device that both have; the CPU for others, through which their values go."""
-    return torch.device("cuda", device.local_hardware_id) if device.platform == "gpu" else _CPU
+    is_shared = device.platform == "gpu" and _has_cuda()
+    return torch.device("cuda", device.local_hardware_id) if is_shared else _CPU
+
+
+@functools.cache
+def _has_cuda() -> bool:
+    """Whether torch has GPUs at all: a torch that is built for CPUs computes on the host what JAX has on one."""
+    return torch.cuda.is_available()

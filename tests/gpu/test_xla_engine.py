@@ -10,6 +10,7 @@ from compare import assert_trees_close
 from on_gpu import full_precision, numbers, on_gpu
 from torch import nn
 from torchleaf import TorchModule, torch_function
+from torchleaf.interop.values import device
 
 pytestmark = pytest.mark.gpu
 
@@ -41,7 +42,9 @@ def test_networks_are_the_other_engines(place):
 
 
 @pytest.mark.parametrize("place", ["cpu", "cuda"])
-def test_tensors_of_its_own(place):
+def test_tensors_of_its_own(place, monkeypatch):
+    """On the CPU by a torch that has no other, beside a JAX on the GPU."""
+    monkeypatch.setattr(device, "_has_cuda", lambda: place == "cuda")
     scale = torch.arange(1.0, 4.0, device=place)
     fn = torch_function(lambda x: x * scale, engine="xla")
     x = on_gpu(numbers(2, 3))

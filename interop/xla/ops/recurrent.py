@@ -16,22 +16,33 @@ Cell = Callable[[Any, tuple[Any, ...], Sequence[Any]], tuple[tuple[Any, ...], An
 def _lstm(given: Any, state: tuple[Any, ...], weights: Sequence[Any]) -> tuple[tuple[Any, ...], Any]:
     h, c = state
     w_hh, b_hh, w_hr = weights
-    i, f, g, o = jnp.split(given + _affine(h, w_hh, b_hh), 4, -1)
-    c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-    h = jax.nn.sigmoid(o) * jnp.tanh(c)
+    h, c, _ = _lstm_step(given + _affine(h, w_hh, b_hh), c)
     h = h if w_hr is None else h @ w_hr.T
     return (h, c), h
+
+
+def _lstm_step(gates: Any, c: Any) -> tuple[Any, Any, list[Any]]:
+    """Output, cell and the gates as they act."""
+    i, f, g, o = jnp.split(gates, 4, -1)
+    acting = [jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)]
+    c = acting[1] * c + acting[0] * acting[2]
+    return acting[3] * jnp.tanh(c), c, acting
 
 
 def _gru(given: Any, state: tuple[Any, ...], weights: Sequence[Any]) -> tuple[tuple[Any, ...], Any]:
     (h,) = state
     w_hh, b_hh, _ = weights
+    h, _ = _gru_step(given, _affine(h, w_hh, b_hh), h)
+    return (h,), h
+
+
+def _gru_step(given: Any, recurrent: Any, h: Any) -> tuple[Any, list[Any]]:
+    """Output, and what a derivative needs, in torch's order."""
     r_x, z_x, n_x = jnp.split(given, 3, -1)
-    r_h, z_h, n_h = jnp.split(_affine(h, w_hh, b_hh), 3, -1)
+    r_h, z_h, n_h = jnp.split(recurrent, 3, -1)
     r, z = jax.nn.sigmoid(r_x + r_h), jax.nn.sigmoid(z_x + z_h)
     n = jnp.tanh(n_x + r * n_h)
-    h = (h - n) * z + n
-    return (h,), h
+    return (h - n) * z + n, [r, z, n, h, n_h]
 
 
 def _plain(activation: Callable[[Any], Any]) -> Cell:
@@ -114,3 +125,21 @@ def rnn_relu(x: Any, state: Any, params: Any, *options: Any, key: Any) -> Any:
     """A plain recurrent layer with a ReLU."""
     output, (h,) = _layers(_plain(_relu), x, [state], params, options, key)
     return output, h
+
+
+@op("_thnn_fused_lstm_cell")
+def fused_lstm_cell(given: Any, recurrent: Any, cx: Any, input_bias: Any = None, hidden_bias: Any = None) -> Any:
+    """What torch's LSTM cell is on a GPU: output, cell and the gates as they act."""
+    h, c, acting = _lstm_step(_sum(given, input_bias) + _sum(recurrent, hidden_bias), cx)
+    return h, c, jnp.concatenate(acting, -1)
+
+
+@op("_thnn_fused_gru_cell")
+def fused_gru_cell(given: Any, recurrent: Any, hx: Any, input_bias: Any = None, hidden_bias: Any = None) -> Any:
+    """What torch's GRU cell is on a GPU: output, and what its derivative needs."""
+    h, needed = _gru_step(_sum(given, input_bias), _sum(recurrent, hidden_bias), hx)
+    return h, jnp.concatenate(needed, -1)
+
+
+def _sum(x: Any, bias: Any) -> Any:
+    return x if bias is None else x + bias
