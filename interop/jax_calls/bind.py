@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..internals import TRANSFORM, has_tangents, innermost_transform, is_wrapped, plain_apply, requires_grad, unwrapped
+from ..process.nesting import depth_here, run_at
 from .call import JaxCall
 from .op import run_or_trace
 from .residuals import Saved, saved
@@ -78,6 +79,7 @@ class _JaxCall(torch.autograd.Function):
         call, program, *tensors = inputs
         operands = tensors[: len(call.avals)]
         ctx.call, ctx.saved = call, None if program is None else program.saved
+        ctx.depth = depth_here()  # which autograd's own threads do not know
         ctx.n_tensors, ctx.n_outs = len(tensors), len(output)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(y for i, y in enumerate(output) if i not in call.inexact_outs))
@@ -87,24 +89,7 @@ class _JaxCall(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
-        call, halves = ctx.call, ctx.saved
-        wanted = tuple(i for i in call.inexact if ctx.needs_input_grad[2 + i])
-        present = tuple(i for i in call.inexact_outs if cotangents[i] is not None)
-        gradients: list[Any] = [None] * (2 + ctx.n_tensors)
-        if wanted and present:
-            n = len(call.avals)
-            tensors = ctx.saved_tensors  # once: hooks such as those of torch.utils.checkpoint allow no more
-            operands, hints = tensors[:n], tensors[n:]
-            ct = [cotangents[i] for i in present]
-            if halves is not None and {*wanted} <= {*halves.active}:
-                picks = (*halves.operands, *range(n + len(ct), n + len(ct) + len(hints)), *range(n, n + len(ct)))
-                program = Program(halves.backward(wanted, present), picks)
-                found = _with_hints(call.vjp(wanted, present), program, [*operands, *ct, *hints])
-            else:
-                found = bind(call.vjp(wanted, present), *operands, *ct)
-            for i, gradient in zip(wanted, found, strict=True):
-                gradients[2 + i] = gradient
-        return tuple(gradients)
+        return run_at(max(ctx.depth, depth_here()), _gradients, ctx, cotangents)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[Any, ...]:
@@ -127,6 +112,28 @@ class _JaxCall(torch.autograd.Function):
             picked = tuple(dims[i] for i in program.picks)
             outs = _with_hints(batched, Program(program.call.vmap(picked, info.batch_size), program.picks), tensors)
         return outs, (0,) * len(outs)
+
+
+def _gradients(ctx: Any, cotangents: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
+    """Those of all that a call was given, for the cotangents that there are."""
+    call, halves = ctx.call, ctx.saved
+    wanted = tuple(i for i in call.inexact if ctx.needs_input_grad[2 + i])
+    present = tuple(i for i in call.inexact_outs if cotangents[i] is not None)
+    gradients: list[Any] = [None] * (2 + ctx.n_tensors)
+    if wanted and present:
+        n = len(call.avals)
+        tensors = ctx.saved_tensors  # once: hooks such as those of torch.utils.checkpoint allow no more
+        operands, hints = tensors[:n], tensors[n:]
+        ct = [cotangents[i] for i in present]
+        if halves is not None and {*wanted} <= {*halves.active}:
+            picks = (*halves.operands, *range(n + len(ct), n + len(ct) + len(hints)), *range(n, n + len(ct)))
+            program = Program(halves.backward(wanted, present), picks)
+            found = _with_hints(call.vjp(wanted, present), program, [*operands, *ct, *hints])
+        else:
+            found = bind(call.vjp(wanted, present), *operands, *ct)
+        for i, gradient in zip(wanted, found, strict=True):
+            gradients[2 + i] = gradient
+    return tuple(gradients)
 
 
 def _with_hints(call: JaxCall, program: Program, tensors: Sequence[torch.Tensor]) -> Outputs:

@@ -9,9 +9,10 @@ import torch
 import torchleaf
 from torch import _C
 from torchleaf.interop import internals
-from torchleaf.interop.jax_calls import settings
+from torchleaf.interop.jax_calls import kernel, settings
 from torchleaf.interop.jax_calls.call import JaxCall, aval_of
 from torchleaf.interop.jax_calls.op import run_or_trace
+from torchleaf.interop.process import nesting
 
 OTHER = {
     "jax_default_matmul_precision": (jax.default_matmul_precision, "highest"),
@@ -89,6 +90,17 @@ def test_settings_are_left_as_they_were():
     with settings.entered(tuple(other)):
         assert settings.settings_here() != before
     assert settings.settings_here() == before
+
+
+def test_derivatives_within_a_program_know_that_they_are(monkeypatch):
+    """They are compiled, and run, as what the program around them does not wait for."""
+    depths, run = [], kernel._run
+    monkeypatch.setattr(kernel, "_run", lambda *given: (depths.append(nesting.depth_here()), run(*given))[1])
+    x = torch.randn(3, requires_grad=True)
+    y = nesting.run_at(1, torchleaf.jax_function(jnp.sin), x)
+    in_a_thread(lambda: y.sum().backward())
+    torch.testing.assert_close(x.grad, x.detach().cos())
+    assert depths == [1, 1]
 
 
 @pytest.fixture
