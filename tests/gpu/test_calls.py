@@ -9,18 +9,12 @@ import numpy as np
 import pytest
 import torch
 from compare import assert_trees_close
-from on_gpu import cycles, full_precision, numbers, on_gpu, synchronising_is_an_error
+from on_gpu import cycles, numbers, on_gpu, synchronising_is_an_error
 from samples import NARROW, dtype_id, raw_bytes, sample
 from torch._subclasses.fake_tensor import FakeTensor
 from torchleaf import TorchModule, to_jax, to_torch, torch_function
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def _full_precision():
-    with full_precision():
-        yield
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=dtype_id)

@@ -6,17 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from on_gpu import full_precision, numbers, on_gpu
+from on_gpu import numbers, on_gpu
 from torchleaf import TorchModule, to_torch, torch_function
 from torchleaf.interop.replay import cuda_graphs
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def _full_precision():
-    with full_precision():
-        yield
 
 
 @pytest.fixture

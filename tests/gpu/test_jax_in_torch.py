@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from fresh_process import run_python
-from on_gpu import cycles, full_precision, numbers, synchronising_is_an_error
+from on_gpu import cycles, numbers, synchronising_is_an_error
 from torch import nn
 from torchleaf import JaxModule, jax_function, torch_function
 
@@ -15,12 +15,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),  # torch's forward mode uses it
 ]
-
-
-@pytest.fixture(autouse=True)
-def _full_precision():
-    with full_precision():
-        yield
 
 
 def on_cuda(*shape, seed=0):

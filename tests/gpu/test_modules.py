@@ -10,17 +10,11 @@ import pytest
 import torch
 import torchleaf
 from flax import nnx
-from on_gpu import full_precision, numbers, on_gpu
+from on_gpu import numbers, on_gpu
 from torch import nn
 from torchleaf import TorchModule, to_jax, to_torch, torch_function
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def _full_precision():
-    with full_precision():
-        yield
 
 
 def network():

@@ -9,19 +9,13 @@ import numpy as np
 import optax
 import pytest
 import torch
-from on_gpu import full_precision, numbers, on_gpu, synchronising_is_an_error
+from on_gpu import numbers, on_gpu, synchronising_is_an_error
 from torch import nn
 from torchleaf import TorchModule, to_torch, torch_function, trainable
 from torchleaf.interop.calls import residuals
 from torchleaf.interop.calls.residuals import live_graphs
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def _full_precision():
-    with full_precision():
-        yield
 
 
 @pytest.fixture

@@ -13,12 +13,6 @@ from torchleaf import to_jax, to_torch, torch_function
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(autouse=True)
-def _full_precision():
-    with full_precision():
-        yield
-
-
 def slow_jax(x):
     """Some milliseconds of XLA's work that gives x back."""
     y = jax.lax.fori_loop(0, 60, lambda _, y: jnp.tanh(y @ y / 40), jnp.ones((1024, 1024)) * x.ravel()[0])

@@ -7,18 +7,12 @@ import numpy as np
 import pytest
 import torch
 from compare import assert_trees_close
-from on_gpu import full_precision, numbers, on_gpu
+from on_gpu import numbers, on_gpu
 from torch import nn
 from torchleaf import TorchModule, torch_function
 from torchleaf.interop.values import device
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def _full_precision():
-    with full_precision():
-        yield
 
 
 def network():
