@@ -104,9 +104,9 @@ class JaxFunction:
         if self._opaque is None:
             self._opaque = opaque_to_compiler(lambda args, kwargs: self._call(args, kwargs))
 
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        """As a method, like any function."""
-        return self if instance is None else functools.partial(self, instance)
+    def __set_name__(self, owner: type, name: str) -> None:
+        """In the body of a class it is a method, as functions are."""
+        self.__class__ = JaxMethod
 
     def __repr__(self) -> str:
         return f"jax_function({self._name})"
@@ -129,6 +129,19 @@ class JaxFunction:
                 if found is None:
                     found = self._specialized[key] = Specialized(self._name, self._fn, arguments, may_draw)
         return found
+
+
+class JaxMethod(JaxFunction):
+    """A `JaxFunction` in the body of a class: bound to the instance as functions are.
+
+    A class of its own, since torch 2.11's compiler takes whatever has `__get__` for a descriptor, also an attribute of
+    an instance.
+    """
+
+    __slots__ = ()
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else functools.partial(self, instance)
 
 
 def _imported(module: str, qualname: str) -> Any:

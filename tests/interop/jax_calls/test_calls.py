@@ -57,8 +57,23 @@ def test_as_a_method():
         def __call__(self, x):
             return self.factor * x
 
+        def scaled(self, x):
+            return self.factor * x
+
+        scaled_again = torchleaf.jax_function(scaled)
+
     x = torch.randn(3)
     torch.testing.assert_close(Scale()(x), 3 * x)
+    torch.testing.assert_close(Scale.scaled_again(Scale(), x), 3 * x)
+
+
+def test_an_attribute_of_an_instance_is_no_method():
+    class Holder:
+        def __init__(self):
+            self.function = torchleaf.jax_function(jnp.sin)
+
+    x = torch.randn(3)
+    torch.testing.assert_close(Holder().function(x), torch.sin(x))
 
 
 DTYPES = [

@@ -80,7 +80,6 @@ def test_jax_is_traced_while_the_graph_is_and_never_after():
     assert n == len(traces) > 0
 
 
-@pytest.mark.skipif(torch.__version__ < "2.12", reason="its compiler looks for `__get__` in classes only")
 def test_a_module_trains():
     class Net(nn.Module):
         def __init__(self):
