@@ -16,6 +16,7 @@ from ..values.device import CPUS
 from .call import JaxCall
 from .errors import failure
 from .settings import entered, settings_here
+from .views import as_array, as_tensor
 
 _is_forked = False
 
@@ -44,9 +45,10 @@ def run(call: JaxCall, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, .
 
 
 def _run(call: JaxCall, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    arrays = [_array(x, d, call) for x, d in zip(tensors, call.dtypes, strict=True)]
+    depth = depth_here()
+    arrays = [_array(x, d, call, depth) for x, d in zip(tensors, call.dtypes, strict=True)]
     try:
-        is_within = depth_here() and tensors and tensors[0].is_cuda
+        is_within = depth and tensors and tensors[0].is_cuda
         outs = (call.program_within() if is_within else call.program)(*arrays)
         is_on_cpu = tensors[0].is_cpu if tensors else all(next(iter(y.devices())).platform == "cpu" for y in outs)
         if is_on_cpu:
@@ -56,7 +58,10 @@ def _run(call: JaxCall, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, 
                 y.block_until_ready()
     except Exception as exc:
         raise failure(call.name, call.avals, exc) from exc
-    return tuple(map(view_as_tensor if is_on_cpu else array_to_torch, outs))
+    if not is_on_cpu:
+        return tuple(map(array_to_torch, outs))
+    # Without operands, arrays are where they are by chance, and for other programs than those that tensors give.
+    return tuple(map(view_as_tensor if depth or not tensors else as_tensor, outs))
 
 
 def _surroundings(call: JaxCall) -> contextlib.AbstractContextManager[Any]:
@@ -68,7 +73,7 @@ def _surroundings(call: JaxCall) -> contextlib.AbstractContextManager[Any]:
     return stack
 
 
-def _array(tensor: torch.Tensor, dtype: torch.dtype, call: JaxCall) -> jax.Array:
+def _array(tensor: torch.Tensor, dtype: torch.dtype, call: JaxCall, depth: int) -> jax.Array:
     if tensor.dtype != dtype:
         if dtypes.is_inexact_tensor(tensor) or dtypes.canonical(tensor.dtype) != dtypes.to_jax_dtype(dtype):
             raise RuntimeError(f"{call.name} was traced for an operand of {dtype}, and is given {tensor.dtype}.")
@@ -79,8 +84,9 @@ def _array(tensor: torch.Tensor, dtype: torch.dtype, call: JaxCall) -> jax.Array
         tensor = tensor.resolve_conj().resolve_neg()
     if not (tensor.is_contiguous() and is_aligned(tensor)):  # a layout of its own would be a compilation of its own
         tensor = tensor.clone(memory_format=torch.contiguous_format)
-    depth = depth_here()
     if depth and not tensor.untyped_storage().resizable():
         # XLA's own, for as long as the torch call runs that this is in; the program lets go of it some time after that.
         tensor = tensor.clone()
-    return view_as_array(tensor, CPUS.at(depth)) if tensor.is_cpu else jax.dlpack.from_dlpack(tensor.detach())
+    if not tensor.is_cpu:
+        return jax.dlpack.from_dlpack(tensor.detach())
+    return view_as_array(tensor, CPUS.at(depth)) if depth else as_array(tensor, CPUS.at(0))
