@@ -33,8 +33,8 @@ def tables(results: Results) -> str:
     for task in results.tasks:
         sections += [
             _table(results, task, f"{task}: time per call (ratio to native torch)", _time, errors),
-            _table(results, task, f"{task}: working memory of a call, MiB", _memory, errors),
-            _table(results, task, f"{task}: build, trace, compile and first call", _first, errors),
+            _table(results, task, f"{task}: working memory of a call, MiB", memory, errors),
+            _table(results, task, f"{task}: build, trace, compile and first call", first, errors),
         ]
     notes = [f"{number}. {error}" for error, number in errors.items()]
     return "\n\n".join([*sections, *(["## Errors", "\n".join(notes)] if notes else [])]) + "\n"
@@ -73,11 +73,13 @@ def _time(results: Results, case: str, task: str, contender: str) -> str:
     return text if contender == BASELINE or ratio is None else f"{text} ({factor(ratio)})"
 
 
-def _memory(results: Results, case: str, task: str, contender: str) -> str:
+def memory(results: Results, case: str, task: str, contender: str) -> str:
+    """The working memory of a call, in MiB."""
     return f"{median(results.values(case, task, contender, 'working_bytes')) / 2**20:.1f}"
 
 
-def _first(results: Results, case: str, task: str, contender: str) -> str:
+def first(results: Results, case: str, task: str, contender: str) -> str:
+    """The time until the first result."""
     return duration(results.values(case, task, contender, "first_call_seconds")[0])  # later rounds find caches warm
 
 

@@ -37,10 +37,14 @@ class Results:
             return []
         return [median(r[field]) if field == "seconds" else float(r[field]) for r in rounds]
 
-    def ratio(self, case: str, task: str, contender: str, field: str = "seconds") -> float | None:
-        """To native torch, round by round."""
-        ours, native = (self.values(case, task, c, field) for c in (contender, BASELINE))
-        ratios = [a / b for a, b in zip(ours, native, strict=False) if b > 0]
+    def ratios(self, case: str, task: str, contender: str) -> list[float]:
+        """Of times, to native torch's, round by round."""
+        ours, native = (self.values(case, task, c, "seconds") for c in (contender, BASELINE))
+        return [a / b for a, b in zip(ours, native, strict=False) if b > 0]
+
+    def ratio(self, case: str, task: str, contender: str) -> float | None:
+        """The median of them."""
+        ratios = self.ratios(case, task, contender)
         return median(ratios) if ratios else None
 
     def versions(self) -> dict[str, dict[str, str]]:

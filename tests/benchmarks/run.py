@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import page
 import report
 import results
 import steps
@@ -47,6 +48,8 @@ def main() -> None:
                     _progress(number, options.rounds, time.monotonic() - began, job, record)
                 _save(options, runs, rounds=number + 1)
     report.write(options.output)
+    if options.page:
+        page.write(options.output)
 
 
 def _jobs(options: argparse.Namespace) -> list[list[Job]]:
@@ -152,6 +155,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--threads", default="default", help="'default', or threads for torch and XLA each")
     parser.add_argument("--python", nargs="+", default=[], metavar="CONTENDER=PATH", help="run it by this interpreter")
     parser.add_argument("--output", type=Path, default=Path("build/benchmark"))
+    parser.add_argument("--page", action="store_true", help="put the results into docs/benchmark.md, with charts")
     parser.epilog = f"cases: {', '.join(CASES)}\ncontenders: {', '.join(CONTENDERS)}\ntasks: {', '.join(tasks)}"
     options = parser.parse_args()
     options.python = dict(item.split("=", 1) for item in options.python)
