@@ -66,8 +66,8 @@ def _settings(results: Results) -> str:
         versions.update(found)
     ran_with = ", ".join(f"{name} {version}" for name, version in versions.items())
     return (
-        f"{machine['processor']}, {machine['cpus']} cores; threads: {settings['threads']}; {settings['rounds']} rounds, "
-        f"each contender in a process of its own for {settings['seconds']} s.\n{ran_with}."
+        f"{machine['processor']}, {machine['cpus']} cores; threads: {settings['threads']}; {settings['rounds']} rounds "
+        f"of {settings['seconds']} s, each contender in a process of its own.\n{ran_with}."
     )
 
 
@@ -75,7 +75,7 @@ def _ratio(results: Results, case: str, task: str, contender: str) -> str:
     ratios = results.ratios(case, task, contender)
     if contender == BASELINE:
         return duration(median(results.values(case, task, contender, "seconds")))
-    return f"{factor(median(ratios))} ({factor(min(ratios))}–{factor(max(ratios))})"
+    return f"{factor(median(ratios))} ({factor(min(ratios))}-{factor(max(ratios))})"
 
 
 def _table(results: Results, task: str, cell: Cell, errors: dict[str, int]) -> str:
@@ -107,8 +107,8 @@ def _losses(results: Results, task: str) -> Iterator[str]:
                 names = ", ".join(f"{c} {factor(r)}" for c, r in sorted(ahead.items(), key=lambda item: -item[1]))
                 to_others.append(f"{CASES[case].title} ({names})")
         yield (
-            f"**What {ours} loses.** Slower than native torch: {', '.join(to_native) or 'nowhere'}. Slower than another "
-            f"contender, by which factor: {'; '.join(to_others) or 'nowhere'}."
+            f"**What {ours} loses.** Slower than native torch: {', '.join(to_native) or 'nowhere'}. Slower than "
+            f"another contender, by which factor: {'; '.join(to_others) or 'nowhere'}."
         )
 
 
