@@ -1,7 +1,7 @@
 """The page of the guide that says what works in the modules of the zoo's packages, from outcomes that lie in a folder.
 
 `python tests/zoo_page.py FOLDER zuko x_transformers` examines packages (all that are installed: `--all`), and writes an
-outcome file for each, after each module; modules that are in it already are left out, unless `--again`.
+outcome file for each, after each module; checks whose outcomes are in it already are left out, unless `--again`.
 `python tests/zoo_page.py FOLDER > docs/packages.md` writes the page from what lies there.
 """
 
@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ COLUMNS = {
     "training": "training",
     "state": "state",
     "keys": "keys",
+    "engine='xla'": "by JAX",
 }
 
 HEAD = """\
@@ -48,6 +50,8 @@ JAX {jax}. Every module is an Equinox module here; each result is compared with 
   inside one call.
 - **refused**: an error that says what to do; **no**: not as in torch.
 - Nothing: there is nothing to check, such as state, or torch cannot do it itself.
+
+By JAX: outputs and gradients by `engine="xla"` with `strict=True`, or the op that JAX does not have.
 
 HVP are Hessian-vector products, forward over reverse and reverse over reverse. Training compares losses and parameters
 over steps of gradient descent. Your own module: [`torchleaf.check`](check.md).
@@ -75,20 +79,22 @@ def packages() -> list[str]:
 
 def examine_package(folder: Path, package: str, *, again: bool) -> None:
     """Write down the outcomes of a package's modules, each as soon as it is known."""
-    from zoo.driver import examine
+    from zoo.driver import CHECKS, FURTHER, examine
 
-    specimens = _specimens(package)
+    specimens, checks = _specimens(package), CHECKS | FURTHER
     if not specimens:
         raise SystemExit(f"{package} is not of the zoo, or not installed: {', '.join(packages())}")
     path = folder / f"{package}.json"
     known = json.loads(path.read_text()) if path.exists() and not again else {"modules": {}}
     known |= {"version": _version(package), "torch": torch.__version__, "jax": importlib.metadata.version("jax")}
     for specimen in specimens:
-        if specimen.name in known["modules"]:
+        outcomes = known["modules"].setdefault(specimen.name, {})
+        missing = {name: check for name, check in checks.items() if name not in outcomes}
+        if not missing:
             continue
-        report = examine(specimen)
+        report = examine(specimen, missing)
         print(report, file=sys.stderr, flush=True)
-        known["modules"][specimen.name] = {outcome.name: asdict(outcome) for outcome in report.outcomes}
+        outcomes |= {outcome.name: asdict(outcome) for outcome in report.outcomes}
         path.write_text(json.dumps(known, indent=1))
 
 
@@ -166,7 +172,7 @@ def _remarks(outcome: dict[str, Any]) -> list[str]:
 
 def _short(text: str) -> str:
     """A remark without the name of the class, and without a remedy that is the same everywhere."""
-    text = text.partition(" Pass vmap_method=")[0]
+    text = re.sub(r"/\S*/site-packages/", "", text.partition(" Pass vmap_method=")[0])
     if text.startswith("vmap of "):
         reason = text.partition("inside one torch call ")[2].strip("().")
         return f"`vmap` is a loop: {reason}."
@@ -181,7 +187,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("packages", nargs="*")
     parser.add_argument("--all", action="store_true", help="examine every package that is installed")
-    parser.add_argument("--again", action="store_true", help="examine modules that were examined before, too")
+    parser.add_argument("--again", action="store_true", help="carry out checks that were carried out before, too")
     given = parser.parse_args()
     names = packages() if given.all else given.packages
     given.folder.mkdir(parents=True, exist_ok=True)

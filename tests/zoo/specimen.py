@@ -29,6 +29,7 @@ class Specimen(Subject):
     - `smooth`: whether finite differences in float64 tell its second derivatives: not where it rounds or detaches, or
       computes in float32 whatever it is given; then torch's own double backward tells them.
     - `not_asked`: checks that do not apply, each with the reason.
+    - `options`: those of `torchleaf.TorchModule`.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Specimen(Subject):
     smooth: bool | None = None
     forward_mode: bool = True
     not_asked: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def module(self, *, double: bool = False, drawing: bool = False) -> nn.Module:
         seed(0)
@@ -56,7 +58,7 @@ class Specimen(Subject):
         return self.maps(x)
 
     def wrap(self, module: nn.Module, args: tuple[Any, ...], *, double: bool, stateful: bool) -> Wrapped:
-        return EquinoxWrapped(module, {}, stateful=stateful)
+        return EquinoxWrapped(module, self.options, stateful=stateful)
 
     def key(self) -> jax.Array:
         return jax.random.key(0)
