@@ -129,7 +129,8 @@ def main() -> None:
     wrong = 1 - classifier.score(2 * unseen.images.reshape(-1, 64) - 1, unseen.labels)
     check("real digits that a classifier takes for another", wrong, 0.05)
     wrong = float(np.mean(classifier.predict(drawn.reshape(-1, 64)) != wanted))
-    check("samples that it takes for another", wrong, 1.0 if arguments.quick else 0.15)
+    if not arguments.quick:
+        check("samples that it takes for another", wrong, 0.15)
 
     picture, (curve, real, made) = figure(3)
     curve.semilogy(losses, color=DARK, linewidth=0.6)

@@ -191,7 +191,7 @@ def main() -> None:
     bins = np.linspace(0.9, 2.6, 69)
     densities = [np.histogram(distances(x), bins, density=True)[0] for x in (positions, reference)]
     error = float(np.abs(densities[0] - densities[1]).sum() * (bins[1] - bins[0]) / 2)
-    check("densities of distances between atoms, difference", error, 1.0 if arguments.quick else 0.05)
+    check("densities of distances between atoms, difference", error, 0.5 if arguments.quick else 0.05)
 
     picture, (energy_panel, modes, pairs) = figure(3)
     energy_panel.plot(STEP * np.arange(length), np.asarray(energies[:8]).T, linewidth=0.6, color=DARK)

@@ -133,7 +133,7 @@ def main() -> None:
     model, losses = train(model, points, steps)
     side = jnp.linspace(0, 1, 65)
     grid = jnp.stack(jnp.meshgrid(side, side, indexing="ij"), -1)
-    check("error of the solution", error_of(model, grid.reshape(-1, 2)), 2.0 if arguments.quick else 1e-2)
+    check("error of the solution", error_of(model, grid.reshape(-1, 2)), 0.5 if arguments.quick else 1e-2)
 
     picture, (solution, error, curve) = figure(3)
     found, expected = (jax.vmap(jax.vmap(f))(grid).T for f in (model, exact))
