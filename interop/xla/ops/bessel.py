@@ -1,6 +1,6 @@
 """Bessel functions of orders zero and one: near zero quotients of polynomials, elsewhere waves.
 
-torch leaves out the leading one of some denominators of Cephes', which makes it wrong by 1e-6; here it is in its place.
+torch leaves out the leading one of some denominators of Cephes', by which it is off by up to 1e-6; here it is there.
 torch has no derivatives of these functions; here they have their own.
 
 Source: Cephes, as in torch (`ATen/native/Math.h`).

@@ -113,3 +113,31 @@ def test_integers_are_promoted(name):
         actual = by_xla(name)(torchleaf.to_jax(x))
         assert actual.dtype == torchleaf.to_jax(right).dtype == jnp.float32
         np.testing.assert_allclose(actual, right, rtol=2e-6, atol=1e-6)
+
+
+POLYNOMIALS = {
+    "chebyshev_polynomial_t": special.chebyt,
+    "chebyshev_polynomial_u": special.chebyu,
+    "shifted_chebyshev_polynomial_t": special.sh_chebyt,
+    "hermite_polynomial_h": special.hermite,
+    "hermite_polynomial_he": special.hermitenorm,
+    "laguerre_polynomial_l": special.laguerre,
+    "legendre_polynomial_p": special.legendre,
+}
+
+
+@pytest.mark.parametrize("name", POLYNOMIALS)
+def test_derivatives_of_polynomials(name):
+    x, degrees = np.linspace(-1, 1, 7), np.arange(5)[:, None]
+    function = getattr(torch.special, name)
+    with jax.enable_x64(True):
+        ours = torchleaf.torch_function(lambda x: function(x, torch.tensor(degrees)), engine="xla", strict=True)
+
+        def along(weights):
+            return jax.grad(lambda x: (weights * ours(x)).sum())
+
+        weights = np.random.default_rng(0).normal(size=(5, 7))
+        first, second = along(weights)(x), jax.grad(lambda x: along(weights)(x).sum())(x)
+    for order, actual in ((1, first), (2, second)):
+        each = np.array([np.polyval(np.polyder(POLYNOMIALS[name](n).coeffs, order), x) for n in range(5)])
+        np.testing.assert_allclose(actual, (weights * each).sum(0), rtol=1e-10, atol=1e-10)
