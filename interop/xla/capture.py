@@ -8,6 +8,7 @@ carried by torch. What follows from constants alone is computed (`known.py`), an
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
 import torch
 
 from ..errors import TorchCallError
@@ -21,7 +22,7 @@ from . import table
 from .constants import to_numpy
 from .dtypes import to_jax
 from .graph import Graph, Node, Ref, Value
-from .memory import Memory
+from .memory import Memory, flat
 from .names import functional_name, is_inplace_view, out_names, targets
 from .windows import Places, Strided, put, window
 
@@ -89,6 +90,8 @@ class Capture(Mode):
         tensors = list(tensors_in(*args, *kwargs.values()))
         if func in _IGNORED or (reads_values(func) and not any(map(self._is_unknown, tensors))):
             return func(*args, **kwargs)
+        if func in _RESIZING and self._is_unknown(args[0]):
+            return self._resized(func, args, kwargs)
         if func is _CONJ:
             func = torch.ops.aten.conj_physical.default
         elif func is _NEG_VIEW:
@@ -99,6 +102,17 @@ class Capture(Mode):
             if apart is not NotImplemented:
                 return apart
         return self._recorded(func, args, kwargs, found)
+
+    def _resized(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A tensor in another shape over the same memory, which grows if need be; by what, torch leaves open."""
+        before = flat(args[0])
+        value = self.memory.read(before)
+        result = func(*args, **kwargs)
+        after = flat(args[0])
+        if after.shape != before.shape:
+            value = self._internal("resize", lambda x: jnp.resize(x, after.shape), (Ref(value),), after)
+        self.memory.replace(after, value)
+        return result
 
     def _decomposed(self, func: Any, args: Any, kwargs: Any) -> Any:
         decomposition = decomposition_of(func)
@@ -114,6 +128,7 @@ class Capture(Mode):
         refs = self._with_refs(given, func) if written else None  # before values change
         before = [(x, *self._whole(x)) for x in written if not self._is_unknown(x)]
         olds = {} if torch.is_grad_enabled() else {id(x): self.memory.read(x) for x in written}
+        shapes = [x.shape for x in written]
         result = func(*args, **kwargs)
         for target, whole, number in before:
             if not self._known.is_known(target):  # something unknown was written into a constant
@@ -123,7 +138,8 @@ class Capture(Mode):
         fresh = [x for x in outs if not any(x is target for target in written)]
         if not into and not any(map(self._is_unknown, fresh)):
             return result  # a constant, or nothing
-        self._add_node(func, refs or self._with_refs(given, func), found, fresh, into, olds)
+        resized = {id(x) for x, shape in zip(written, shapes, strict=True) if x.shape != shape}  # `out=torch.empty(0)`
+        self._add_node(func, refs or self._with_refs(given, func), found, fresh, into, olds, resized)
         return result
 
     def _add_node(
@@ -134,6 +150,7 @@ class Capture(Mode):
         fresh: list[torch.Tensor],
         into: list[torch.Tensor],
         olds: dict[int, int],
+        resized: set[int],
     ) -> None:
         args, kwargs = refs
         values = [self._new_like(x) for x in (*fresh, *into)]
@@ -151,6 +168,8 @@ class Capture(Mode):
         for tensor, value in zip(into, values[len(fresh) :], strict=True):
             if is_inplace_view(func):
                 self.memory.add(tensor, value)
+            elif id(tensor) in resized:
+                self.memory.replace(tensor, value)
             else:
                 self.memory.write(tensor, value)
 
@@ -229,8 +248,7 @@ class Capture(Mode):
     def _whole(self, tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
         """All that is in a constant's memory, as a tensor and as a value."""
         with without_modes():
-            length = tensor.untyped_storage().nbytes() // tensor.itemsize
-            whole = tensor.detach().as_strided((length,), (1,), 0)
+            whole = flat(tensor)
         return whole, self._constant(whole)
 
     def _window(self, value: int, places: Places, like: torch.Tensor) -> int:
@@ -278,6 +296,7 @@ class Applied:
 
 _IGNORED = {torch.ops.prim.device.default, torch.ops.aten._assert_async.msg, torch.ops.aten._assert_async.default}
 """Ops that compute nothing."""
+_RESIZING = {torch.ops.aten.resize_.default, torch.ops.aten.resize_as_.default}
 _DETACH, _CONJ, _NEG_VIEW = (
     torch.ops.aten.detach.default,
     torch.ops.aten._conj.default,

@@ -118,6 +118,11 @@ class Memory:
         """A constant's memory, in which something unknown was written: what it was before."""
         self._storages.setdefault(self._storage_of(whole), _Storage(value, whole))
 
+    def replace(self, whole: torch.Tensor, value: int) -> None:
+        """All that is in the memory of a tensor has a new value."""
+        storage = self._storages[self._storage_of(whole)]
+        storage.base, storage.value, storage.version = whole, value, storage.version + 1
+
     def _places(self, storage: _Storage, tensor: torch.Tensor) -> Places:
         """Where in the flat value of a storage the elements of a tensor are."""
         if tensor.dtype != storage.base.dtype or tensor.is_conj() or tensor.is_neg():
@@ -136,6 +141,12 @@ class Memory:
         places = np.full(max(base.max(initial=-1), _offsets(_geometry(tensor)).max(initial=-1)) + 1, -1)
         places[base] = np.arange(base.size)
         return np.asarray(places[_offsets(_geometry(tensor))])
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
+    """All that is in a tensor's memory."""
+    length = tensor.untyped_storage().nbytes() // tensor.itemsize
+    return tensor.detach().as_strided((length,), (1,), 0)
 
 
 _MOST_COMPARED = 2**20

@@ -106,12 +106,22 @@ class Case:
         assert self.gradient is not None
         return float(sum(inner(g.conj(), u) for g, u in zip(self.gradient, self.u, strict=True)))
 
+    @property
+    def largest_slope(self) -> float:
+        """What it would be if no parts of it cancelled."""
+        assert self.gradient is not None
+        return float(sum((_wide(g) * _wide(u)).abs().sum() for g, u in zip(self.gradient, self.u, strict=True)))
+
 
 def inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The real inner product."""
-    if a.dtype == torch.complex32:  # of which torch has no sums
-        a, b = a.to(torch.complex64), b.to(torch.complex64)
+    """The real inner product, half precision in single."""
+    a, b = _wide(a), _wide(b)
     return (a.conj() * b).sum().real if a.is_complex() or b.is_complex() else (a * b).sum()
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """A tensor in single precision at least: torch has no sums of complex numbers in half."""
+    return x.to(torch.promote_types(x.dtype, torch.complex64 if x.is_complex() else torch.float32))
 
 
 def cases(op: Any, dtype: torch.dtype, most: int) -> Iterator[Case]:

@@ -5,9 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from ..dtypes import cast
+from ..dtypes import cast, category
 from ..table import op
+from .reductions import axes_of
 
 
 def _search(edges: Any, x: Any, right: bool) -> Any:
@@ -115,3 +117,13 @@ def histogramdd(
 def histogramdd_between(x: Any, bins: Sequence[Any], *, weight: Any = None, density: bool = False) -> Any:
     """The same between edges that are given."""
     return _counted(x.reshape(-1, x.shape[-1]), bins, weight, density)
+
+
+@op("hash_tensor")
+def hash_tensor(x: Any, dim: int | Sequence[int] = (), *, keepdim: bool = False, mode: int = 0, out: Any) -> Any:
+    """Which bits an odd number of numbers has, of their bits in the width of the result."""
+    kind = "float" if category(x.dtype) == 2 else "int"
+    wide = cast(x, f"{kind}{8 * out.dtype.itemsize}")
+    bits = lax.bitcast_convert_type(wide, out.dtype)
+    found = lax.reduce(bits, jnp.zeros((), out.dtype), lax.bitwise_xor, axes_of(x, dim))
+    return found.reshape(out.shape)

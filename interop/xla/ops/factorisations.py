@@ -65,6 +65,13 @@ def lu_solve(lu: Any, pivots: Any, b: Any, *, left: bool = True, adjoint: bool =
     return jnp.take_along_axis(found, jnp.argsort(at, axis=-2), axis=-2)
 
 
+@op("geqrf")
+def geqrf(x: Any) -> Any:
+    """R, and below it the reflections that Q is a product of; their factors."""
+    reflections, factors = jnp.linalg.qr(x, "raw")
+    return jnp.swapaxes(reflections, -1, -2), factors
+
+
 @op("ormqr")
 def ormqr(x: Any, tau: Any, other: Any, left: bool = True, transpose: bool = False) -> Any:
     """The product of a matrix with all columns of a product of reflections."""

@@ -22,10 +22,15 @@ def _indices(x: Any, indices: Sequence[Any]) -> tuple[Any, ...] | None:
 
 @op("index", "_unsafe_index")
 def index(x: Any, indices: Sequence[Any], *, out: Any) -> Any:
-    """Positions by arrays of indices."""
-    found = _indices(x, indices)
-    assert found is not None, "a mask decides about shapes"
+    """Positions by arrays of indices, or by one mask that is known beforehand."""
+    found = _indices(x, indices) or _by_mask(indices, out)
     return x[found].reshape(out.shape)
+
+
+def _by_mask(indices: Sequence[Any], out: Any) -> tuple[Any, ...]:
+    lead = next(n for n, i in enumerate(indices) if i is not None)
+    assert all(i is None for i in indices[lead + 1 :]), "a mask beside other indices"
+    return (slice(None),) * lead + jnp.nonzero(indices[lead], size=out.shape[lead])
 
 
 @op("index_put", "_unsafe_index_put", "_index_put_impl")
@@ -66,6 +71,13 @@ def masked_scatter(x: Any, mask: Any, source: Any) -> Any:
     x, mask = jnp.broadcast_arrays(x, mask)
     order = jnp.clip(jnp.cumsum(mask.ravel()) - 1, 0, None)
     return jnp.where(mask, source.ravel()[order].reshape(x.shape), x) if source.size else x
+
+
+@op("masked_select")
+def masked_select(x: Any, mask: Any, *, out: Any) -> Any:
+    """Values in their order where a mask holds that is known beforehand."""
+    x, mask = jnp.broadcast_arrays(x, mask)
+    return x.ravel()[jnp.flatnonzero(mask, size=out.shape[0])]
 
 
 def positions(x: Any, dim: int, at: Any) -> tuple[Any, ...]:

@@ -257,7 +257,8 @@ def lu_factor(x: Any, *, pivot: bool = True, check_errors: bool = False) -> Any:
 @op("linalg_matrix_exp")
 def matrix_exp(x: Any) -> Any:
     """The exponential of a matrix."""
-    return jnp.vectorize(jax.scipy.linalg.expm, signature="(n,n)->(n,n)")(x) if x.size else x
+    wide = x.astype(opmath(x.dtype))
+    return jnp.vectorize(jax.scipy.linalg.expm, signature="(n,n)->(n,n)")(wide) if x.size else x
 
 
 @op("linalg_householder_product")

@@ -1,4 +1,5 @@
-"""Normalisation. Half precision is computed in single; statistics that an op returns are constants, as in torch."""
+"""Normalisation. Half precision is computed in single; statistics that an op returns are constants, as in torch,
+but those of groups."""
 
 import math
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ def group_norm(x: Any, weight: Any, bias: Any, n: Size, channels: int, size: Siz
     wide = x.astype(opmath(x.dtype)).reshape(n, groups, -1)
     normed, mean, scale = _standardised(wide, (2,), eps)
     normed = _affine(normed.reshape(x.shape), weight, bias, (channels, *(1,) * (x.ndim - 2)))
-    return normed, *(lax.stop_gradient(s.reshape(n, groups)) for s in (mean, scale))
+    return normed, *(s.reshape(n, groups) for s in (mean, scale))
 
 
 @op("native_batch_norm", "_native_batch_norm_legit.default", updates=True)
@@ -88,6 +89,15 @@ def batch_norm_in_evaluation(
 ) -> Any:
     """The same by running statistics."""
     return batch_norm(x, weight, bias, mean, var, False, momentum, eps, out=out)
+
+
+@op("_batch_norm_with_update", updates=True)
+def batch_norm_with_update(
+    x: Any, weight: Any, bias: Any, mean: Any, var: Any, momentum: float, eps: float, *, out: Any
+) -> Any:
+    """The same in training, with a place for what torch's kernels keep beside."""
+    *results, new_mean, new_var = batch_norm(x, weight, bias, mean, var, True, momentum, eps, out=out)
+    return *results, jnp.zeros(out[3].shape, out[3].dtype), new_mean, new_var
 
 
 @op("_weight_norm_interface")

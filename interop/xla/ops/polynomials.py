@@ -6,6 +6,7 @@ Source: DLMF 18.9.
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -17,10 +18,7 @@ def _polynomial(
 ) -> Callable[[Any, Any], Any]:
     """A polynomial of `x`, of degree `n`, by that of degree one and `following(k, x, p_k, p_{k-1})`."""
 
-    def run(x: Any, n: Any) -> Any:
-        x = 2 * x - 1 if shift else x
-        x, n = jnp.broadcast_arrays(x, jnp.trunc(n))
-
+    def value(x: Any, n: Any) -> Any:
         def step(carry: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Any, Any]:
             k, before, last, found = carry
             after = following(k, x, last, before)
@@ -31,6 +29,18 @@ def _polynomial(
         k = jnp.ones((), x.dtype)
         return lax.while_loop(lambda carry: jnp.any(n > carry[0]), step, (k, one, degree_one, found))[3]
 
+    smooth = _smooth(value)
+    return lambda x, n: smooth(*jnp.broadcast_arrays(2 * x - 1 if shift else x, jnp.trunc(n)))
+
+
+def _smooth(value: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """The same, whose derivative is a factor that is computed forward: JAX does not run its loops backward."""
+
+    def slope(x: Any, n: Any) -> Any:
+        return jax.jvp(lambda x: value(x, n), (x,), (jnp.ones_like(x),))[1]
+
+    run = jax.custom_jvp(value)
+    run.defjvp(lambda primals, tangents: (run(*primals), _smooth(slope)(*primals) * tangents[0]))
     return run
 
 

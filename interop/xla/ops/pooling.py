@@ -154,3 +154,29 @@ def adaptive_max_pool(x: Any, sizes: Sequence[Size], *, out: Any) -> Any:
     at = jnp.argmax(lax.stop_gradient(windows), -1)[..., None]
     best = jnp.take_along_axis(windows, at, -1)[..., 0]
     return best, jnp.take_along_axis(jnp.broadcast_to(places, windows.shape), at, -1)[..., 0]
+
+
+@op("fractional_max_pool2d", "fractional_max_pool3d")
+def fractional_max_pool(x: Any, kernel: Sequence[int], sizes: Sequence[int], samples: Any, *, out: Any) -> Any:
+    """The maxima of windows whose places are random, for each example and channel others, and where they are.
+
+    Source: Graham, "Fractional max-pooling" (2014).
+    """
+    n = len(kernel)
+    inner, planes = x.shape[-n:], (*samples.shape[:2],)
+    order = (1, 0) if n == 2 else (0, 1, 2)  # of images, the first sample is for the last axis
+    places: Any = 0
+    for axis, (size, k, m) in enumerate(zip(inner, kernel, sizes, strict=True)):
+        u = samples[..., order[axis], None]
+        alpha = jnp.asarray(size - k, u.dtype) / max(m - 1, 1)
+        starts = jnp.trunc((jnp.arange(m, dtype=u.dtype) + u) * alpha) - jnp.trunc(u * alpha)
+        starts = starts.astype(jnp.int32).at[..., m - 1].set(size - k)
+        at = starts[..., None] + jnp.arange(k)
+        form = [1] * 2 * n
+        form[axis], form[n + axis] = m, k
+        places = places + at.reshape(*planes, *form) * math.prod(inner[axis + 1 :])
+    at = places.reshape(*planes, *sizes, -1)
+    windows = jnp.take_along_axis(x.reshape(*planes, -1), at.reshape(*planes, -1), -1).reshape(at.shape)
+    first = jnp.argmax(lax.stop_gradient(windows), -1)[..., None]
+    best = jnp.take_along_axis(windows, first, -1), jnp.take_along_axis(at, first, -1)
+    return tuple(y.reshape(aval.shape) for y, aval in zip(best, out, strict=True))

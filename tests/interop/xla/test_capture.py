@@ -50,7 +50,20 @@ def _out(x):
     torch.add(x, 1, out=target)
     parts = target.chunk(2)
     parts[1].zero_()
-    return target, parts
+    made = torch.add(x, 1, out=torch.empty(0))  # which gets a shape by it
+    made[1:].mul_(2)
+    return target, parts, made
+
+
+def _resized(x):
+    y = (x * 2).view(2, 3)
+    turned = y.t()
+    y.resize_(2, 2)
+    y.mul_(3)
+    more = x.view(3, 2).t().clone()  # in the order of its columns
+    more.resize_(4, 3)
+    more[:2].add_(1)
+    return y, turned, more[:2], (x + 1)[2:].resize_as_(torch.zeros(2, 2))
 
 
 def _geometry(x):
@@ -70,14 +83,16 @@ def _indices(x):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("fn", [_views, _constants, _strided, _out, _geometry, _indices], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "fn", [_views, _constants, _strided, _out, _resized, _geometry, _indices], ids=lambda f: f.__name__
+)
 def test_writes_and_views_become_a_function(fn):
     x = torch.tensor([-2.0, 0.3, 1.5, -0.7, 2.2, 4.0])
     given = from_torch(x)
     assert_trees_close(by_xla(fn)(given), from_torch(fn(x)))
     assert_trees_close(given, from_torch(x))
 
-    if fn is _out:  # torch does not differentiate by it
+    if fn in (_out, _resized):  # torch does not differentiate by it
         return
 
     def total(function):

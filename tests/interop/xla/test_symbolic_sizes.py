@@ -230,7 +230,7 @@ REFUSED = {
     "caught": (lambda x: _caught(x), r"decides by b > 3"),
     "a size as a result": (lambda x: (x, x.shape[0]), r"returns a symbolic size.*torch\.tensor"),
     "values": (lambda x: x if x.sum() > 0 else -x, r"reads values.*(?s:.*)tried as b = 5"),
-    "an op without a function": (lambda x: torch.special.bessel_j1(x) + x, r"bessel_j1.*known"),
+    "an op without a function": (lambda x: torch.linalg.eigvals(x.T @ x), r"linalg_eig.*known"),
 }
 
 
