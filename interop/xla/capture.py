@@ -8,6 +8,7 @@ carried by torch. What follows from constants alone is computed (`known.py`), an
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
 import torch
 
 from ..errors import TorchCallError
@@ -21,8 +22,10 @@ from . import table
 from .constants import to_numpy
 from .dtypes import to_jax
 from .graph import Graph, Node, Ref, Value
+from .kept import in_place_of
 from .memory import Memory
 from .names import functional_name, is_inplace_view, out_names, targets
+from .same_dtypes import refuse_other_dtypes
 from .windows import Places, Strided, put, window
 
 if TYPE_CHECKING:
@@ -63,7 +66,7 @@ class Capture(Mode):
         self._kept: list[torch.Tensor] = []
         self.detaching = 0
         """How many calls of `Tensor.detach` are running."""
-        self.memory = Memory(known.storage_behind, self._constant, self._window, self._put)
+        self.memory = Memory(known.storage_behind, self._constant, self._window, self._put, self._stopped, self._kept_from)
         for tensor, aval in zip(operands, avals, strict=True):
             self.memory.add(tensor, self._new(aval, tensor.dtype))
 
@@ -93,7 +96,9 @@ class Capture(Mode):
             func = torch.ops.aten.conj_physical.default
         elif func is _NEG_VIEW:
             func = torch.ops.aten.neg.default
-        found = table.find(functional_name(func))
+        name = functional_name(func)
+        refuse_other_dtypes(name, func, args, kwargs)
+        found = table.find(name)
         if found is None and any(map(self._is_unknown, tensors)):
             apart = self._decomposed(func, args, kwargs)
             if apart is not NotImplemented:
@@ -113,17 +118,16 @@ class Capture(Mode):
         given = (args, {k: v for k, v in kwargs.items() if found is None or k not in places})
         refs = self._with_refs(given, func) if written else None  # before values change
         before = [(x, *self._whole(x)) for x in written if not self._is_unknown(x)]
-        olds = {} if torch.is_grad_enabled() else {id(x): self.memory.read(x) for x in written}
         result = func(*args, **kwargs)
         for target, whole, number in before:
             if not self._known.is_known(target):  # something unknown was written into a constant
                 self.memory.adopt(whole, number)
         outs = [result] if isinstance(result, torch.Tensor) else list(tensors_in(result))
-        into = [x for x in written if self._is_unknown(x)]
+        into, sources = [x for x in written if self._is_unknown(x)], list(tensors_in(*args, *kwargs.values()))
         fresh = [x for x in outs if not any(x is target for target in written)]
         if not into and not any(map(self._is_unknown, fresh)):
             return result  # a constant, or nothing
-        self._add_node(func, refs or self._with_refs(given, func), found, fresh, into, olds)
+        self._add_node(func, refs or self._with_refs(given, func), found, fresh, into, sources)
         return result
 
     def _add_node(
@@ -133,7 +137,7 @@ class Capture(Mode):
         found: table.Op | None,
         fresh: list[torch.Tensor],
         into: list[torch.Tensor],
-        olds: dict[int, int],
+        sources: list[torch.Tensor],
     ) -> None:
         args, kwargs = refs
         values = [self._new_like(x) for x in (*fresh, *into)]
@@ -144,15 +148,14 @@ class Capture(Mode):
         stops = not torch.is_grad_enabled() or (self.detaching > 0 and func is _DETACH)
         draws_key = found is not None and found.wants_key
         name, is_carried = functional_name(func), found is None
-        kept = {new: olds[id(x)] for x, new in zip(into, values[len(fresh) :], strict=True) if id(x) in olds}
-        self._nodes.append(Node(name, function, args, kwargs, tuple(values), stops, is_carried, draws_key, kept))
+        self._nodes.append(Node(name, function, args, kwargs, tuple(values), stops, is_carried, draws_key))
         for tensor, value in zip(fresh, values, strict=False):
-            self.memory.add(tensor, value)
+            self.memory.add_view(tensor, value, sources, detached=stops)
         for tensor, value in zip(into, values[len(fresh) :], strict=True):
             if is_inplace_view(func):
                 self.memory.add(tensor, value)
             else:
-                self.memory.write(tensor, value)
+                self.memory.write(tensor, value, keeps=not torch.is_grad_enabled())
 
     def apply(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
         """A `torch.autograd.Function`, whose derivative is its own: torch computes it, unless it met nothing fake."""
@@ -241,6 +244,12 @@ class Capture(Mode):
         places = self._in_jax(places)
         function = put(places, self._values[value].aval.shape)
         return self._internal("put", function, (Ref(value), Ref(part)), like)
+
+    def _stopped(self, value: int, like: torch.Tensor) -> int:
+        return self._internal("stop", jax.lax.stop_gradient, (Ref(value),), like)
+
+    def _kept_from(self, old: int, new: int, like: torch.Tensor) -> int:
+        return self._internal("keep", in_place_of, (Ref(old), Ref(new)), like)
 
     def _in_jax(self, places: Places) -> Places:
         if self._sizes is None or not isinstance(places, Strided):

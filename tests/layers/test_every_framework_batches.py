@@ -12,7 +12,7 @@ from module_reference import torch_gradients_of, weighted_sum
 from stateful_layers import assert_equal, buffers_of, by_torch, some
 from torch import nn
 
-pytestmark = every_framework
+pytestmark = [every_framework, pytest.mark.both_engines]
 
 
 def _make() -> nn.Module:
