@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import torch
+from torch.utils.checkpoint import CheckpointFunction
 
 from ..errors import TorchCallError
-from ..internals import DisableTorchFunction, FakeTensor, decomposition_of, torch_pytree, without_modes
+from ..internals import DisableTorchFunction, FakeTensor, decomposition_of, torch_pytree, transforms, without_modes
 from ..modes.aten import bound, reads_values, tensors_in
 from ..modes.dispatch import Mode
 from ..modes.known import KnownConstants
 from ..modes.random import draws
 from ..types import Aval
 from . import table
+from .applied import Applied, refuse_modules
 from .constants import to_numpy
 from .dtypes import to_jax
 from .graph import Graph, Node, Ref, Value
@@ -59,6 +61,7 @@ class Capture(Mode):
         super().__init__()
         self._name, self._known, self._carry, self._sizes = name, known, carry, sizes
         self._paused = False  # within a `torch.autograd.Function`
+        self._records = False  # whether torch's autograd does, because code takes gradients
         self._values: list[Value] = []
         self._nodes: list[Node] = []
         self._constants: dict[int, Any] = {}
@@ -66,7 +69,9 @@ class Capture(Mode):
         self._kept: list[torch.Tensor] = []
         self.detaching = 0
         """How many calls of `Tensor.detach` are running."""
-        self.memory = Memory(known.storage_behind, self._constant, self._window, self._put, self._stopped, self._kept_from)
+        self.memory = Memory(
+            known.storage_behind, self._constant, self._window, self._put, self._stopped, self._kept_from
+        )
         for tensor, aval in zip(operands, avals, strict=True):
             self.memory.add(tensor, self._new(aval, tensor.dtype))
 
@@ -90,6 +95,7 @@ class Capture(Mode):
 
     def _op(self, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = list(tensors_in(*args, *kwargs.values()))
+        self._records |= any(x.requires_grad for x in tensors if self._is_unknown(x))
         if func in _IGNORED or (reads_values(func) and not any(map(self._is_unknown, tensors))):
             return func(*args, **kwargs)
         if func is _CONJ:
@@ -145,7 +151,7 @@ class Capture(Mode):
             function = self._carry(func, args, kwargs, len(fresh), self._values)
         else:
             function = _wanting(found, [self._values[v].aval for v in values])
-        stops = not torch.is_grad_enabled() or (self.detaching > 0 and func is _DETACH)
+        stops = not torch.is_grad_enabled() or (func is _DETACH and self._is_by_code())
         draws_key = found is not None and found.wants_key
         name, is_carried = functional_name(func), found is None
         self._nodes.append(Node(name, function, args, kwargs, tuple(values), stops, is_carried, draws_key))
@@ -157,11 +163,16 @@ class Capture(Mode):
             else:
                 self.memory.write(tensor, value, keeps=not torch.is_grad_enabled())
 
+    def _is_by_code(self) -> bool:
+        """Whether code detaches, maybe torch's own in Python (`F.embedding`), and not autograd as it records."""
+        return self.detaching > 0 or not (self._records or transforms())
+
     def apply(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
         """A `torch.autograd.Function`, whose derivative is its own: torch computes it, unless it met nothing fake."""
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
-        if self._paused or not any(map(self._is_unknown, tensors)):
+        if self._paused or not any(map(self._is_unknown, tensors)) or function is CheckpointFunction:
             return run(*args, **kwargs)
+        refuse_modules(self._name, function, [*args, *kwargs.values()], self._is_unknown)
         outs, values, given, result = self._unseen(args, kwargs, run)
         name = f"torch.autograd.Function {function.__name__}"
         carried = self._carry(Applied(function), *given, len(outs), self._values)
@@ -273,16 +284,6 @@ def _wanting(found: table.Op, avals: Sequence[Aval]) -> Callable[..., Any]:
         return found.function(*args, out=out, **kwargs)
 
     return function
-
-
-class Applied:
-    """A `torch.autograd.Function` as a function."""
-
-    def __init__(self, function: Any):
-        self.function, self.__name__ = function, function.__name__
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function.apply(*args, **kwargs)
 
 
 _IGNORED = {torch.ops.prim.device.default, torch.ops.aten._assert_async.msg, torch.ops.aten._assert_async.default}

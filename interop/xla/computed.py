@@ -26,7 +26,7 @@ class Computed:
     - `found`: what tracing found.
     - `options`: the user's.
     - `operands`: the names of its operands, without a key.
-    - `has_hooks`: whether hooks change its derivative.
+    - `no_derivative`: why it may not be differentiated, if it may not.
     """
 
     def __init__(
@@ -37,10 +37,10 @@ class Computed:
         options: CallOptions,
         operands: Sequence[str],
         *,
-        has_hooks: bool = False,
+        no_derivative: str | None = None,
     ):
         self._name, self.graph, self.found, self._operands = name, graph, found, operands
-        self._given = without_derivative(name) if has_hooks else lambda x: x
+        self._given = (lambda x: x) if no_derivative is None else without_derivative(f"{name} {no_derivative}")
 
         def run(*operands: Any) -> list[Any]:
             return self._run(operands)

@@ -48,8 +48,8 @@ class HookSearch(FunctionMode):
         return run(*args, **kwargs)
 
 
-def without_derivative(name: str) -> Callable[[Any], Any]:
-    """The identity, which is refused where it is differentiated."""
+def without_derivative(message: str) -> Callable[[Any], Any]:
+    """The identity, which is refused where it is differentiated, with this message."""
 
     @jax.custom_jvp
     def same(x: Any) -> Any:
@@ -57,9 +57,16 @@ def without_derivative(name: str) -> Callable[[Any], Any]:
 
     @same.defjvp
     def _(primals: Any, tangents: Any) -> Any:
-        raise TorchCallError(
-            f"{name} registers hooks on gradients (`register_hook`, `register_full_backward_hook`), which change its "
-            "derivative, and which engine='xla' does not have. Use engine='torch' to differentiate it."
-        )
+        raise TorchCallError(message)
 
     return same
+
+
+HOOKS = (
+    "registers hooks on gradients (`register_hook`, `register_full_backward_hook`), which change its derivative, and "
+    "which engine='xla' does not have. Use engine='torch' to differentiate it."
+)
+REENTRANT = (
+    "uses torch.utils.checkpoint with use_reentrant=True, whose backward pass leaves out the gradients of weights. "
+    "Pass `use_reentrant=False`."
+)

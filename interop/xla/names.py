@@ -25,7 +25,7 @@ def functional_name(func: Any) -> str:
 
 
 def _without_out(func: Any) -> str:
-    """The overload that takes the same but for places for results; its name need not be alike: `div.out`, `div.Tensor`."""
+    """The overload that takes the same but for places for results; names need not be alike: `div.out`, `div.Tensor`."""
     name = _plain(func.overloadpacket.__name__)
     packet, wanted = getattr(torch.ops.aten, name, func.overloadpacket), _taken(func)
     for overload in packet.overloads():

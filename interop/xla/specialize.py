@@ -26,7 +26,7 @@ from ..values.trees import flatten_registering
 from .capture import Capture
 from .carried import Carrier, Make
 from .computed import Computed
-from .gradient_hooks import HookSearch
+from .gradient_hooks import HOOKS, REENTRANT, HookSearch
 from .graph import Graph
 from .lines import line_of
 from .same_dtypes import DtypesDiffer
@@ -77,8 +77,9 @@ def specialize(
         graph = _captured(run, traced, found, carrier, sizes)
     if search.asked and not search.found:
         _search_with_gradients(search, run, traced, sizes)
-    operands = [x.name for x in traced.operands]
-    return Computed(target.name, graph, found, options, operands, has_hooks=search.found)
+    operands, refusal = [x.name for x in traced.operands], HOOKS if search.found else None
+    refusal = REENTRANT if found.checkpoints == "reentrant" else refusal
+    return Computed(target.name, graph, found, options, operands, no_derivative=refusal)
 
 
 def _found(target: Target, given: Traceable, options: CallOptions) -> Trace:

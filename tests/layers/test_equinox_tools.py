@@ -12,7 +12,7 @@ from compare import assert_trees_close, from_torch
 from module_reference import eager_and_filter_jit
 from torch import nn
 
-pytestmark = pytest.mark.both_engines
+pytestmark = pytest.mark.both_engines(every=4)
 
 
 def _torch_mlp() -> nn.Module:

@@ -8,7 +8,7 @@ from frameworks import eager_and_jit, every_framework
 from torch import nn
 from torchleaf import TorchCallError
 
-pytestmark = pytest.mark.both_engines
+pytestmark = pytest.mark.both_engines(every=4)
 X = jnp.ones((2, 3))
 
 
@@ -135,7 +135,7 @@ def test_call(framework, jit, module, args, kwargs, error, message):
 @eager_and_jit
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int32])
 def test_dtype_of_an_argument(framework, jit, dtype):
-    """torch's shape rules do not look at dtypes, so this error is the kernel's, or as its; it names the argument too."""
+    """torch's shape rules do not look at dtypes, so this error is as the kernel's; it names the argument too."""
     shown = rf"input: {jnp.dtype(dtype).name}\[2, 3\]"
     with pytest.raises(Exception, match=rf"Linear (.|\n)*must have the same dtype(.|\n)*{shown}"):
         jax.block_until_ready(_call(framework(nn.Linear(3, 2)), X.astype(dtype), jit=jit))

@@ -21,7 +21,7 @@ from module_reference import snapshot, torch_gradients_of, weighted_sum
 # torch says so once per process.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
-    pytest.mark.both_engines,  # each layer in Equinox: interop/xla/test_engine_layers.py
+    pytest.mark.both_engines(every=4),  # each layer in Equinox: interop/xla/test_engine_layers.py
 ]
 
 _FEW = {

@@ -13,7 +13,7 @@ from linen_models import by_torch_name, normal, tensors
 from torch import nn as tnn
 from torch._subclasses.fake_tensor import FakeTensor
 
-pytestmark = pytest.mark.both_engines
+pytestmark = pytest.mark.both_engines(every=4)
 TorchModule = torchleaf.linen.TorchModule
 KEY = jax.random.key(0)
 

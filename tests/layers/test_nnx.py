@@ -21,7 +21,7 @@ from layer_catalogue import SPECS
 from module_reference import snapshot
 from torch import nn
 
-pytestmark = pytest.mark.both_engines
+pytestmark = pytest.mark.both_engines(every=4)
 Buffer, Frozen, TorchModule = torchleaf.nnx.Buffer, torchleaf.nnx.Frozen, torchleaf.nnx.TorchModule
 
 every_layer = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)

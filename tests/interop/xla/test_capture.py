@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -205,6 +206,25 @@ def test_gradients_stop_where_torch_stops_them(fn):
     ours = by_xla(fn)
     assert_trees_close(ours(x), from_torch(fn(torch.from_numpy(np.array(x)))), rtol=1e-5)
     assert_trees_close((jax.grad(ours)(x),), torch_gradients(fn, x), rtol=1e-5)
+
+
+def test_what_torchs_own_python_detaches():
+    """Not seen by function modes: the straight-through estimator, and the norm of rows that are looked up."""
+
+    def choice(x, hard):
+        return (torch.nn.functional.gumbel_softmax(x, hard=hard) * torch.arange(4.0)).sum()
+
+    x, key = jnp.array([-1.0, 0.2, 0.7, 2.0]), jax.random.key(0)
+    hard, soft = (jax.grad(lambda x, h=h: by_xla(choice)(x, h, key=key))(x) for h in (True, False))
+    assert jnp.any(soft)
+    assert_trees_close(hard, soft, rtol=1e-5)
+
+    embedding = torch.nn.Embedding(5, 3, max_norm=0.5)
+    model, ids = torchleaf.TorchModule(embedding, engine="xla", copy=True), torch.tensor([1, 2, 1])
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(eqx.tree_at(lambda m: m.params, model, p)(from_torch(ids)) ** 2)))
+    actual = grads(model.params)
+    (embedding(ids) ** 2).sum().backward()
+    assert_trees_close(actual, from_torch({"weight": embedding.weight.grad}), rtol=1e-5)
 
 
 @pytest.mark.long

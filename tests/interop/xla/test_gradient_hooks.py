@@ -1,4 +1,4 @@
-"""Hooks on gradients: a function's values are torch's, and whoever differentiates is told what is not there."""
+"""Hooks on gradients, and other backward passes that no op shows: values are torch's, derivatives are refused."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,9 @@ import pytest
 import torch
 import torchleaf
 from compare import assert_trees_close, from_torch
+from reentering_layers import REENTERING
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 pytestmark = pytest.mark.all_cases
 
@@ -57,3 +59,30 @@ def test_code_that_asks_and_registers_none_is_differentiated():
     model = torchleaf.TorchModule(module, engine="xla")
     module(x).sin().sum().backward()
     assert_trees_close(jax.grad(lambda x: jnp.sin(model(x)).sum())(from_torch(x)), from_torch(x.grad), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "nested checkpoints", "segments"])
+def test_checkpoints_have_derivatives(name):
+    module, x = REENTERING[name](), torch.randn(4, 3, requires_grad=True)
+    model = torchleaf.TorchModule(module, engine="xla", strict=True)
+    module(x).sin().sum().backward()
+    assert_trees_close(jax.grad(lambda x: jnp.sin(model(x)).sum())(from_torch(x)), from_torch(x.grad), rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # torch's own
+def test_reentrant_checkpoints_have_none():
+    class Reentrant(nn.Linear):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=True)
+
+    module, x = Reentrant(3, 2), torch.randn(4, 3)
+    model = torchleaf.TorchModule(module, engine="xla")
+    assert_trees_close(model(from_torch(x)), from_torch(module(x)), rtol=1e-5)
+    with pytest.raises(torchleaf.TorchCallError, match=r"use_reentrant=True.*Pass `use_reentrant=False`"):
+        jax.grad(lambda x: jnp.sum(model(x)))(from_torch(x))
+
+
+@pytest.mark.parametrize("name", ["recomputing", "functional", "noted in the context"])
+def test_functions_that_are_given_a_module_are_refused(name):
+    with pytest.raises(torchleaf.TorchCallError, match=r"hands a module with weights to torch\.autograd\.Function _"):
+        torchleaf.TorchModule(REENTERING[name](), engine="xla")(jnp.ones((4, 3)))

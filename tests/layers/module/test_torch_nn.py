@@ -25,6 +25,7 @@ from module_reference import eager_and_filter_jit, snapshot, torch_gradients_of,
 from torch_nn_specs import REFUSED, WITHOUT_FORWARD, class_name
 
 pytestmark = [
+    pytest.mark.both_engines(every=4),
     pytest.mark.filterwarnings("ignore:`NLLLoss2d` has been deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),  # once per process
 ]
