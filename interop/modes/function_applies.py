@@ -66,7 +66,7 @@ def _hook() -> Iterator[None]:
         def run(*xs: Any, **named: Any) -> Any:
             token = _heard.set(None)
             try:
-                return super(_SingleLevelFunction, cls).apply(*xs, **named)
+                return super(_SingleLevelFunction, cls).apply(*xs, **named)  # pyright: ignore[reportAttributeAccessIssue]
             finally:
                 _heard.reset(token)
 
@@ -78,7 +78,7 @@ def _hook() -> Iterator[None]:
         yield
     finally:
         torch.autograd.Function.apply = original
-        del _SingleLevelFunction.apply
+        del _SingleLevelFunction.apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
 _HOOK = Switch(_hook)

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import torch
-from torch.nn.modules._functions import BackwardHookFunction
 
 from ..errors import TorchCallError
+from ..internals import BackwardHookFunction
 from ..modes.function_applies import applications_heard_by
 from ..modes.function_modes import FunctionMode
 from ..values.dtypes import is_inexact_tensor
