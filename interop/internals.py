@@ -29,11 +29,13 @@ from torch._subclasses.fake_tensor import (
     UnsupportedFakeTensorException,
 )
 from torch.jit._recursive import wrap_cpp_module
+from torch.nn.modules._functions import BackwardHookFunction
 from torch.utils import _pytree as torch_pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
 __all__ = [
+    "BackwardHookFunction",
     "DataDependentOutputException",
     "DynamicOutputShapeException",
     "FakeTensor",

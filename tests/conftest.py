@@ -38,7 +38,10 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_generate_tests(metafunc):
-    """Tests that are marked `both_engines` run with each; with the one that is no default they are long ones."""
+    """Tests that are marked `both_engines` run with each; with the one that is no default they are long ones.
+
+    Of those that are marked `both_engines(every=n)` a run that names no file takes one in n of these.
+    """
     if metafunc.definition.get_closest_marker("both_engines") is None:
         return
     others = [pytest.param("xla", marks=pytest.mark.long)]
@@ -71,6 +74,19 @@ def _left_out(option, args, items):
     if "long" not in option.markexpr and not any(arg.endswith(".py") for arg in args):
         yield from (item for item in items if "long" in item.keywords and "slow" not in item.keywords)
     yield from _further_cases(items)
+    if not any(arg.endswith(".py") for arg in args):
+        yield from (
+            item for item in items if _is_other_engine(item) and zlib.crc32(item.nodeid.encode()) % _every(item)
+        )
+
+
+def _is_other_engine(item):
+    return "callspec" in vars(item) and item.callspec.params.get("engine") == "xla"
+
+
+def _every(item):
+    marks = [mark for mark in item.iter_markers("both_engines") if "every" in mark.kwargs]
+    return marks[0].kwargs["every"] if marks else 1
 
 
 def _further_cases(items):
@@ -78,8 +94,7 @@ def _further_cases(items):
     tests = collections.defaultdict(list)
     for item in items:
         if "slow" not in item.keywords and "all_cases" not in item.keywords:
-            is_other_engine = "callspec" in vars(item) and item.callspec.params.get("engine") == "xla"
-            tests[item.nodeid.partition("[")[0], is_other_engine].append(item)
+            tests[item.nodeid.partition("[")[0], _is_other_engine(item)].append(item)
     for cases in tests.values():
         yield from sorted(cases, key=lambda item: zlib.crc32(item.nodeid.encode()))[MOST_CASES:]
 

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch.autograd.function import _SingleLevelFunction
 
 from ..process.switches import Switch
 
@@ -17,6 +18,10 @@ Listener = Callable[[Any, tuple[Any, ...], dict[str, Any], Callable[..., Any]], 
 """Given a function's class, its arguments and what applies it, returns what the application is to return."""
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+_heard: ContextVar[Any] = ContextVar("heard", default=None)
+"""The class of the function whose application was heard, and is on its way."""
 
 
 @contextlib.contextmanager
@@ -40,17 +45,40 @@ def _within(outer: Listener, listener: Listener) -> Listener:
 
 @contextlib.contextmanager
 def _hook() -> Iterator[None]:
+    """Where `Function.apply` is looked up, and where one that was bound before (`exp = Exp.apply`) arrives."""
     original = torch.autograd.Function.__dict__["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        listener, run = _listener.get(), original.__get__(None, cls)
+        listener = _listener.get()
+
+        def run(*xs: Any, **named: Any) -> Any:
+            token = _heard.set(cls)
+            try:
+                return original.__get__(None, cls)(*xs, **named)
+            finally:
+                _heard.reset(token)
+
         return run(*args, **kwargs) if listener is None else listener(cls, args, kwargs, run)
 
+    def arrived(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        listener, is_heard = _listener.get(), _heard.get() is cls or not issubclass(cls, torch.autograd.Function)
+
+        def run(*xs: Any, **named: Any) -> Any:
+            token = _heard.set(None)
+            try:
+                return super(_SingleLevelFunction, cls).apply(*xs, **named)  # pyright: ignore[reportAttributeAccessIssue]
+            finally:
+                _heard.reset(token)
+
+        return run(*args, **kwargs) if listener is None or is_heard else listener(cls, args, kwargs, run)
+
     torch.autograd.Function.apply = classmethod(apply)  # pyright: ignore[reportAttributeAccessIssue]
+    _SingleLevelFunction.apply = classmethod(arrived)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
         torch.autograd.Function.apply = original
+        del _SingleLevelFunction.apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
 _HOOK = Switch(_hook)

@@ -8,22 +8,27 @@ carried by torch. What follows from constants alone is computed (`known.py`), an
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 import torch
+from torch.utils.checkpoint import CheckpointFunction
 
 from ..errors import TorchCallError
-from ..internals import DisableTorchFunction, FakeTensor, decomposition_of, torch_pytree, without_modes
+from ..internals import DisableTorchFunction, FakeTensor, decomposition_of, torch_pytree, transforms, without_modes
 from ..modes.aten import bound, reads_values, tensors_in
 from ..modes.dispatch import Mode
 from ..modes.known import KnownConstants
 from ..modes.random import draws
 from ..types import Aval
 from . import table
+from .applied import Applied, refuse_modules
 from .constants import to_numpy
 from .dtypes import to_jax
 from .graph import Graph, Node, Ref, Value
+from .kept import in_place_of
 from .memory import Memory, flat
 from .names import functional_name, is_inplace_view, out_names, targets
+from .same_dtypes import refuse_other_dtypes
 from .windows import Places, Strided, put, window
 
 if TYPE_CHECKING:
@@ -57,6 +62,7 @@ class Capture(Mode):
         super().__init__()
         self._name, self._known, self._carry, self._sizes = name, known, carry, sizes
         self._paused = False  # within a `torch.autograd.Function`
+        self._records = False  # whether torch's autograd does, because code takes gradients
         self._values: list[Value] = []
         self._nodes: list[Node] = []
         self._constants: dict[int, Any] = {}
@@ -64,7 +70,9 @@ class Capture(Mode):
         self._kept: list[torch.Tensor] = []
         self.detaching = 0
         """How many calls of `Tensor.detach` are running."""
-        self.memory = Memory(known.storage_behind, self._constant, self._window, self._put)
+        self.memory = Memory(
+            known.storage_behind, self._constant, self._window, self._put, self._stopped, self._kept_from
+        )
         for tensor, aval in zip(operands, avals, strict=True):
             self.memory.add(tensor, self._new(aval, tensor.dtype))
 
@@ -88,6 +96,7 @@ class Capture(Mode):
 
     def _op(self, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = list(tensors_in(*args, *kwargs.values()))
+        self._records |= any(x.requires_grad for x in tensors if self._is_unknown(x))
         if func in _IGNORED or (reads_values(func) and not any(map(self._is_unknown, tensors))):
             return func(*args, **kwargs)
         if func in _RESIZING and self._is_unknown(args[0]):
@@ -96,7 +105,9 @@ class Capture(Mode):
             func = torch.ops.aten.conj_physical.default
         elif func is _NEG_VIEW:
             func = torch.ops.aten.neg.default
-        found = table.find(functional_name(func))
+        name = functional_name(func)
+        refuse_other_dtypes(name, func, args, kwargs)
+        found = table.find(name)
         if found is None and any(map(self._is_unknown, tensors)):
             apart = self._decomposed(func, args, kwargs)
             if apart is not NotImplemented:
@@ -106,12 +117,12 @@ class Capture(Mode):
     def _resized(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A tensor in another shape over the same memory, which grows if need be; by what, torch leaves open."""
         before = flat(args[0])
-        value = self.memory.read(before)
+        sides = self.memory.read_sides(before)
         result = func(*args, **kwargs)
         after = flat(args[0])
         if after.shape != before.shape:
-            value = self._internal("resize", lambda x: jnp.resize(x, after.shape), (Ref(value),), after)
-        self.memory.replace(after, value)
+            sides = [self._internal("resize", lambda x: jnp.resize(x, after.shape), (Ref(x),), after) for x in sides]
+        self.memory.replace(after, sides)
         return result
 
     def _decomposed(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -127,19 +138,18 @@ class Capture(Mode):
         given = (args, {k: v for k, v in kwargs.items() if found is None or k not in places})
         refs = self._with_refs(given, func) if written else None  # before values change
         before = [(x, *self._whole(x)) for x in written if not self._is_unknown(x)]
-        olds = {} if torch.is_grad_enabled() else {id(x): self.memory.read(x) for x in written}
         shapes = [x.shape for x in written]
         result = func(*args, **kwargs)
         for target, whole, number in before:
             if not self._known.is_known(target):  # something unknown was written into a constant
                 self.memory.adopt(whole, number)
         outs = [result] if isinstance(result, torch.Tensor) else list(tensors_in(result))
-        into = [x for x in written if self._is_unknown(x)]
+        into, sources = [x for x in written if self._is_unknown(x)], list(tensors_in(*args, *kwargs.values()))
         fresh = [x for x in outs if not any(x is target for target in written)]
         if not into and not any(map(self._is_unknown, fresh)):
             return result  # a constant, or nothing
         resized = {id(x) for x, shape in zip(written, shapes, strict=True) if x.shape != shape}  # `out=torch.empty(0)`
-        self._add_node(func, refs or self._with_refs(given, func), found, fresh, into, olds, resized)
+        self._add_node(func, refs or self._with_refs(given, func), found, fresh, into, sources, resized)
         return result
 
     def _add_node(
@@ -149,7 +159,7 @@ class Capture(Mode):
         found: table.Op | None,
         fresh: list[torch.Tensor],
         into: list[torch.Tensor],
-        olds: dict[int, int],
+        sources: list[torch.Tensor],
         resized: set[int],
     ) -> None:
         args, kwargs = refs
@@ -158,26 +168,30 @@ class Capture(Mode):
             function = self._carry(func, args, kwargs, len(fresh), self._values)
         else:
             function = _wanting(found, [self._values[v].aval for v in values])
-        stops = not torch.is_grad_enabled() or (self.detaching > 0 and func is _DETACH)
+        stops = not torch.is_grad_enabled() or (func is _DETACH and self._is_by_code())
         draws_key = found is not None and found.wants_key
         name, is_carried = functional_name(func), found is None
-        kept = {new: olds[id(x)] for x, new in zip(into, values[len(fresh) :], strict=True) if id(x) in olds}
-        self._nodes.append(Node(name, function, args, kwargs, tuple(values), stops, is_carried, draws_key, kept))
+        self._nodes.append(Node(name, function, args, kwargs, tuple(values), stops, is_carried, draws_key))
         for tensor, value in zip(fresh, values, strict=False):
-            self.memory.add(tensor, value)
+            self.memory.add_view(tensor, value, sources, detached=stops)
         for tensor, value in zip(into, values[len(fresh) :], strict=True):
             if is_inplace_view(func):
                 self.memory.add(tensor, value)
             elif id(tensor) in resized:
-                self.memory.replace(tensor, value)
+                self.memory.overwrite(tensor, value)
             else:
-                self.memory.write(tensor, value)
+                self.memory.write(tensor, value, keeps=not torch.is_grad_enabled())
+
+    def _is_by_code(self) -> bool:
+        """Whether code detaches, maybe torch's own in Python (`F.embedding`), and not autograd as it records."""
+        return self.detaching > 0 or not (self._records or transforms())
 
     def apply(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
         """A `torch.autograd.Function`, whose derivative is its own: torch computes it, unless it met nothing fake."""
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
-        if self._paused or not any(map(self._is_unknown, tensors)):
+        if self._paused or not any(map(self._is_unknown, tensors)) or function is CheckpointFunction:
             return run(*args, **kwargs)
+        refuse_modules(self._name, function, [*args, *kwargs.values()], self._is_unknown)
         outs, values, given, result = self._unseen(args, kwargs, run)
         name = f"torch.autograd.Function {function.__name__}"
         carried = self._carry(Applied(function), *given, len(outs), self._values)
@@ -260,6 +274,12 @@ class Capture(Mode):
         function = put(places, self._values[value].aval.shape)
         return self._internal("put", function, (Ref(value), Ref(part)), like)
 
+    def _stopped(self, value: int, like: torch.Tensor) -> int:
+        return self._internal("stop", jax.lax.stop_gradient, (Ref(value),), like)
+
+    def _kept_from(self, old: int, new: int, like: torch.Tensor) -> int:
+        return self._internal("keep", in_place_of, (Ref(old), Ref(new)), like)
+
     def _in_jax(self, places: Places) -> Places:
         if self._sizes is None or not isinstance(places, Strided):
             return places
@@ -282,16 +302,6 @@ def _wanting(found: table.Op, avals: Sequence[Aval]) -> Callable[..., Any]:
         return found.function(*args, out=out, **kwargs)
 
     return function
-
-
-class Applied:
-    """A `torch.autograd.Function` as a function."""
-
-    def __init__(self, function: Any):
-        self.function, self.__name__ = function, function.__name__
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function.apply(*args, **kwargs)
 
 
 _IGNORED = {torch.ops.prim.device.default, torch.ops.aten._assert_async.msg, torch.ops.aten._assert_async.default}

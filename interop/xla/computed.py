@@ -11,7 +11,9 @@ from ..internals import torch_pytree
 from ..tracing.trace import Trace
 from ..types import CallOptions
 from .dtypes import cast
+from .gradient_hooks import without_derivative
 from .graph import Graph, Measure, Node, Ref
+from .shared_state import new_state
 
 
 class Computed:
@@ -23,10 +25,22 @@ class Computed:
     - `graph`: what it computes; its outputs are those of the callable, and then new values of state.
     - `found`: what tracing found.
     - `options`: the user's.
+    - `operands`: the names of its operands, without a key.
+    - `no_derivative`: why it may not be differentiated, if it may not.
     """
 
-    def __init__(self, name: str, graph: Graph, found: Trace, options: CallOptions, n_operands: int):
-        self._name, self.graph, self.found, self._n_operands = name, graph, found, n_operands
+    def __init__(
+        self,
+        name: str,
+        graph: Graph,
+        found: Trace,
+        options: CallOptions,
+        operands: Sequence[str],
+        *,
+        no_derivative: str | None = None,
+    ):
+        self._name, self.graph, self.found, self._operands = name, graph, found, operands
+        self._given = (lambda x: x) if no_derivative is None else without_derivative(f"{name} {no_derivative}")
 
         def run(*operands: Any) -> list[Any]:
             return self._run(operands)
@@ -35,7 +49,7 @@ class Computed:
         self.program = jax.jit(jax.checkpoint(run) if options.residuals == "recompute" else run)
 
     def _run(self, operands: Sequence[Any]) -> list[Any]:
-        env: dict[int, Any] = dict(enumerate(operands[: self._n_operands]))
+        env: dict[int, Any] = dict(enumerate(map(self._given, operands[: len(self._operands)])))
         env |= {number: jnp.asarray(x) for number, x in self.graph.constants.items()}
         key, n_drawn = (_typed(operands[-1]), 0) if self.found.random else (None, 0)
         for node in self.graph.nodes:
@@ -43,7 +57,10 @@ class Computed:
             if node.draws:
                 more, n_drawn = {"key": None if key is None else jax.random.fold_in(key, n_drawn)}, n_drawn + 1
             self._compute(node, env, more)
-        return [jnp.asarray(env[i]) for i in self.graph.outputs]
+        results, state = [jnp.asarray(env[i]) for i in self.graph.outputs], self.found.state
+        n_outputs, names = len(results) - len(state), [self._operands[i] for i in state]
+        new = new_state(self._name, names, [operands[i] for i in state], results[n_outputs:])
+        return [*results[:n_outputs], *new]
 
     def _compute(self, node: Node, env: dict[int, Any], more: dict[str, Any]) -> None:
         # What torch computes without gradients need not have a derivative.
@@ -64,10 +81,7 @@ class Computed:
                         f"{aval.shape}. This is a fault of torchleaf's; use engine='torch' for this callable."
                     )
                 value = cast(x, aval.dtype)
-                if node.stops:
-                    old = node.olds.get(number)
-                    value = jax.lax.stop_gradient(value) if old is None else _in_place_of(env[old], value)
-                env[number] = value
+                env[number] = jax.lax.stop_gradient(value) if node.stops else value
 
     def _result(self, node: Node, args: Any, kwargs: Any) -> Any:
         try:
@@ -81,17 +95,6 @@ class Computed:
                 f"{self._name}: JAX's function for {node.name} needs sizes that are known. Export with sizes that are "
                 f"known, once for each size.\nJAX said: {quote(exc)}"
             ) from exc
-
-
-@jax.custom_jvp
-def _in_place_of(old: Any, new: Any) -> Any:
-    """A value with the derivative of another one."""
-    return new
-
-
-@_in_place_of.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    return primals[1], tangents[0]
 
 
 def _flat(result: Any) -> list[Any]:

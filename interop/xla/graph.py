@@ -1,7 +1,7 @@
 """The ops of a torch callable, in order, as functions of numbered values."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,14 +54,9 @@ class Node:
     draws: bool = False
     """Whether its function is given a `key`."""
 
-    olds: Mapping[int, int] = field(default_factory=dict)
-    """For what it wrote into without gradients, by the number of the new value that of the old one: to torch's autograd
-    the tensor is the same, and keeps its derivative."""
-
     def reads(self) -> Iterator[int]:
         """The numbers of the values that it takes."""
         yield from _numbers((self.args, tuple(self.kwargs.values())))
-        yield from self.olds.values()
 
 
 @dataclass(frozen=True)

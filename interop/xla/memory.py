@@ -4,7 +4,7 @@ Memory is one value, that of the tensor it was made for. After a write into a pa
 and tensors that view it are read from it anew: so in-place ops and views become functions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,9 @@ Geometry = tuple[tuple[Any, ...], tuple[Any, ...], Any]
 
 @dataclass
 class _Storage:
-    value: int
+    sides: list[int]
+    """Its value, once with the derivative that it has for tensors which share it in autograd, once for each tensor that
+    was detached: `x.data`."""
     base: torch.Tensor
     version: int = 0
     views: list[int] = field(default_factory=list)
@@ -48,6 +50,8 @@ class Memory:
     - `constant`: makes a value of a tensor that is not fake.
     - `window`: makes the value of a view: of a value and the positions in it that the view shows.
     - `put`: makes the value that one has after another one was put at positions of it.
+    - `stop`: makes a value of one that passes no derivative.
+    - `keep`: makes a value that is a new one, with the derivative of an old one.
     """
 
     def __init__(
@@ -56,11 +60,14 @@ class Memory:
         constant: Callable[[torch.Tensor], int],
         window: Callable[[int, Places, torch.Tensor], int],
         put: Callable[[int, int, Places, torch.Tensor], int],
+        stop: Callable[[int, torch.Tensor], int],
+        keep: Callable[[int, int, torch.Tensor], int],
     ):
         self._storage_of = storage_of
-        self._constant, self._window, self._put = constant, window, put
+        self._constant, self._window, self._put, self._stop, self._keep = constant, window, put, stop, keep
         self._storages: dict[int, _Storage] = {}
         self._tensors: dict[int, _Held] = {}  # held, so that no id is used again
+        self._sides: dict[int, int] = {}  # of tensors by their ids; what is not here is on the first
 
     def is_known(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's memory has a value here; if not, it is a constant."""
@@ -68,8 +75,20 @@ class Memory:
 
     def add(self, tensor: torch.Tensor, value: int) -> None:
         """A tensor that an op returned, with its value."""
-        storage = self._storages.setdefault(self._storage_of(tensor), _Storage(value, tensor))
+        storage = self._storages.setdefault(self._storage_of(tensor), _Storage([value], tensor))
         self._note(tensor, value, storage)
+
+    def add_view(self, tensor: torch.Tensor, value: int, sources: Iterable[torch.Tensor], *, detached: bool) -> None:
+        """The same for one that may be a view of its sources; to autograd one that is detached is another tensor."""
+        storage = self._storages.get(self._storage_of(tensor))
+        if storage is not None:
+            viewed = next((x for x in sources if self._storage_of(x) == self._storage_of(tensor)), None)
+            side = 0 if viewed is None else self._sides.get(id(viewed), 0)
+            if detached:
+                storage.sides.append(self._stop(storage.sides[side], storage.base))
+                side = len(storage.sides) - 1
+            self._sides[id(tensor)] = side
+        self.add(tensor, value)
 
     def _note(self, tensor: torch.Tensor, value: int, storage: _Storage) -> None:
         if id(tensor) not in self._tensors:
@@ -84,25 +103,37 @@ class Memory:
         held = self._tensors.get(id(tensor))
         if held is not None and held.is_current(storage):
             return held.value
-        is_whole = _geometry(tensor) == _geometry(storage.base) and tensor.dtype == storage.base.dtype
-        value = storage.value if is_whole else self._window(storage.value, self._places(storage, tensor), tensor)
+        value = self._seen(storage, storage.sides[self._sides.get(id(tensor), 0)], tensor)
         self._note(tensor, value, storage)
         return value
 
-    def write(self, tensor: torch.Tensor, value: int) -> None:
-        """The tensor has a new value, and so have those that share its memory."""
+    def read_sides(self, tensor: torch.Tensor) -> list[int]:
+        """Its value on every side of its memory."""
         storage = self._storages[self._storage_of(tensor)]
-        if _geometry(tensor) == _geometry(storage.base) and tensor.dtype == storage.base.dtype:
-            storage.value = value
-            storage.version += 1
-        else:
+        return [self._seen(storage, value, tensor) for value in storage.sides]
+
+    def _seen(self, storage: _Storage, value: int, tensor: torch.Tensor) -> int:
+        return value if _is_whole(storage, tensor) else self._window(value, self._places(storage, tensor), tensor)
+
+    def write(self, tensor: torch.Tensor, value: int, *, keeps: bool) -> None:
+        """The tensor has a new value, and so have those that share its memory.
+
+        With `keeps`, without gradients, it has its old derivative: to torch's autograd it is the same as before.
+        """
+        storage, own = self._storages[self._storage_of(tensor)], self._sides.get(id(tensor), 0)
+        new, apart = value, list[_Held]()
+        if not _is_whole(storage, tensor):
             places = self._places(storage, tensor)
             apart = [] if isinstance(places, Strided) else self._apart(storage, tensor)
-            storage.value = self._put(storage.value, value, places, storage.base)
-            storage.version += 1
-            for held in apart:  # such as the other parts of a tensor that was split
-                self._note(held.tensor, held.value, storage)
-        self._note(tensor, value, storage)
+            new = self._put(storage.sides[own], value, places, storage.base)
+        for side, old in enumerate(storage.sides):
+            is_same = side == own and not keeps
+            storage.sides[side] = new if is_same else self._keep(old, new, storage.base)
+        storage.version += 1
+        for held in apart:  # such as the other parts of a tensor that was split
+            self._note(held.tensor, held.value, storage)
+        if not keeps:
+            self._note(tensor, value, storage)
 
     def _apart(self, storage: _Storage, tensor: torch.Tensor) -> list["_Held"]:
         """The tensors of a storage whose values are known, and that share no element with another one."""
@@ -116,12 +147,18 @@ class Memory:
 
     def adopt(self, whole: torch.Tensor, value: int) -> None:
         """A constant's memory, in which something unknown was written: what it was before."""
-        self._storages.setdefault(self._storage_of(whole), _Storage(value, whole))
+        self._storages.setdefault(self._storage_of(whole), _Storage([value], whole))
 
-    def replace(self, whole: torch.Tensor, value: int) -> None:
-        """All that is in the memory of a tensor has a new value."""
+    def overwrite(self, tensor: torch.Tensor, value: int) -> None:
+        """A tensor to which an op gave another shape has a new value."""
+        storage, own = self._storages[self._storage_of(tensor)], self._sides.get(id(tensor), 0)
+        sides = range(len(storage.sides))
+        self.replace(tensor, [value if side == own else self._stop(value, tensor) for side in sides])
+
+    def replace(self, whole: torch.Tensor, sides: list[int]) -> None:
+        """All that is in the memory of a tensor has new values, one on each side."""
         storage = self._storages[self._storage_of(whole)]
-        storage.base, storage.value, storage.version = whole, value, storage.version + 1
+        storage.base, storage.sides, storage.version = whole, sides, storage.version + 1
 
     def _places(self, storage: _Storage, tensor: torch.Tensor) -> Places:
         """Where in the flat value of a storage the elements of a tensor are."""
@@ -154,6 +191,10 @@ _MOST_COMPARED = 2**20
 
 def _offsets_of(tensor: torch.Tensor) -> np.ndarray:
     return np.asarray(_offsets(_geometry(tensor)))
+
+
+def _is_whole(storage: _Storage, tensor: torch.Tensor) -> bool:
+    return _geometry(tensor) == _geometry(storage.base) and tensor.dtype == storage.base.dtype
 
 
 def _geometry(tensor: torch.Tensor) -> Geometry:

@@ -17,11 +17,32 @@ def functional_name(func: Any) -> str:
         return f"{func.namespace}::{name}.{overload}"
     if func.namespace == "prims":
         return f"prims::{name}"
-    if overload.endswith("out"):
-        return f"{name.removesuffix('_')}.{overload.removesuffix('out').removesuffix('_') or 'default'}"
-    if name.endswith("_") and not name.startswith("__") and _writes_first(func):
-        return f"{name.removesuffix('_')}.{overload}"
+    if out_names(func):
+        return _without_out(func)
+    if _writes_first(func):
+        return f"{_plain(name)}.{overload}"
     return f"{name}.{overload}"
+
+
+def _without_out(func: Any) -> str:
+    """The overload that takes the same but for places for results; names need not be alike: `div.out`, `div.Tensor`."""
+    name = _plain(func.overloadpacket.__name__)
+    packet, wanted = getattr(torch.ops.aten, name, func.overloadpacket), _taken(func)
+    for overload in packet.overloads():
+        other = getattr(packet, overload)
+        if not out_names(other) and _taken(other) == wanted:
+            return f"{name}.{overload}"
+    return f"{name}.{func._overloadname.removesuffix('out').removesuffix('_') or 'default'}"
+
+
+def _plain(name: str) -> str:
+    return name if name.startswith("__") else name.removesuffix("_")
+
+
+def _taken(func: Any) -> list[tuple[str, str]]:
+    """The arguments of an op without what an `out` says: places for results, their dtype, layout and device."""
+    places = {*out_names(func), "dtype", "layout", "device", "pin_memory"}
+    return [(a.name, str(a.type)) for a in func._schema.arguments if a.name not in places]
 
 
 def _writes_first(func: Any) -> bool:

@@ -26,8 +26,10 @@ from ..values.trees import flatten_registering
 from .capture import Capture
 from .carried import Carrier, Make
 from .computed import Computed
+from .gradient_hooks import HOOKS, REENTRANT, HookSearch
 from .graph import Graph
 from .lines import line_of
+from .same_dtypes import DtypesDiffer
 from .user_code import heard
 
 if TYPE_CHECKING:
@@ -70,8 +72,14 @@ def specialize(
     found = replace(target.check(found, stateful=stateful), watched=False)
     run = target.runner(arguments.filler(), found, stateful=stateful)
     carrier = Carrier(torch_function, target.name, strict=options.strict, has_sizes=sizes is not None)
-    graph = _captured(run, traced, found, carrier, sizes)
-    return Computed(target.name, graph, found, options, len(traced.operands))
+    search = HookSearch()
+    with search:
+        graph = _captured(run, traced, found, carrier, sizes)
+    if search.asked and not search.found:
+        _search_with_gradients(search, run, traced, sizes)
+    operands, refusal = [x.name for x in traced.operands], HOOKS if search.found else None
+    refusal = REENTRANT if found.checkpoints == "reentrant" else refusal
+    return Computed(target.name, graph, found, options, operands, no_derivative=refusal)
 
 
 def _found(target: Target, given: Traceable, options: CallOptions) -> Trace:
@@ -117,6 +125,8 @@ def _captured(run: Flat, traced: Traceable, found: Trace, carrier: Carrier, size
                 return _capture(run, traced, found, mode, carrier, sizes)
         except TorchCallError:
             raise
+        except DtypesDiffer as exc:
+            raise failed(traced, exc) from exc
         except (DataDependentOutputException, DynamicOutputShapeException) as exc:
             raise reading_error(traced.name, exc) from exc
         except Exception as exc:
@@ -142,6 +152,14 @@ def _capture(
         sizes.check(leaves)
     outs = [*(y for y in leaves if isinstance(y, torch.Tensor)), *state]
     return capture.graph(outs)
+
+
+def _search_with_gradients(search: HookSearch, run: Flat, traced: Traceable, sizes: "Sizes | None") -> None:
+    with without_transforms(), fake_mode(), plain_kernels(_COMPOSED):
+        shapes = [shape if sizes is None else sizes.in_example(shape) for shape, _ in traced.specs]
+        dtypes = [dtype for _, dtype in traced.specs]
+        given = [torch.empty(s, dtype=d, device=traced.device) for s, d in zip(shapes, dtypes, strict=True)]
+        search.run_with_gradients(run, given)
 
 
 def _explained(traced: Traceable, cause: BaseException | None) -> TorchCallError | None:

@@ -10,6 +10,7 @@ import torch
 from compare import assert_trees_close
 from torchleaf import RandomnessError, TorchCallError, torch_function
 
+pytestmark = pytest.mark.both_engines(every=4)
 X = jnp.arange(6.0).reshape(2, 3) / 3 - 0.5
 
 
@@ -121,7 +122,9 @@ def test_modules_have_a_wrapper_of_their_own():
         "strings",
     ],
 )
-def test_argument(call, error, message, jit):
+def test_argument(call, error, message, jit, engine):
+    if engine == "xla":  # whose shapes are those of fake tensors, which say it in other words
+        message = message.replace(r".*\(2x3 and 5x4\)", "")
     with pytest.raises(error, match=message):
         (jax.jit(call) if jit else call)(X)
 
@@ -211,7 +214,9 @@ def test_output(fn, message, jit):
     ],
     ids=["randn", "rand_like", "dropout", "bernoulli", "uniform_", "randperm", "multinomial", "rsample", "attention"],
 )
-def test_random_op(fn):
+def test_random_op(fn, engine, request):
+    if engine == "xla" and "rsample" in request.node.name:
+        pytest.skip("torch looks at values of the distribution's parameters")
     with pytest.raises(RandomnessError, match=r"lambda.* draws random numbers \(aten\..*`key=`.*jax\.random"):
         torch_function(fn)(X)
 

@@ -6,7 +6,7 @@ layers stand for all: one of each way to hold weights and of each path through t
 """
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -19,7 +19,10 @@ from layer_catalogue import SPECS, LayerSpec, looped
 from module_reference import snapshot, torch_gradients_of, weighted_sum
 
 # torch says so once per process.
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+    pytest.mark.both_engines(every=4),  # each layer in Equinox: interop/xla/test_engine_layers.py
+]
 
 _FEW = {
     *("Linear-frozen", "Embedding", "Conv2d-channels_last", "BatchNorm2d", "MultiheadAttention", "LSTM"),
@@ -42,9 +45,11 @@ class Layer:
 
 
 @pytest.fixture
-def layer(request):
+def layer(request, engine):
     """A layer; whatever a test does with the model, the torch module must afterwards be as it was."""
     framework, spec = request.param
+    if engine == "xla":
+        spec = replace(spec, tolerance=max(spec.tolerance, 2e-5))
     with jax.enable_x64(spec.x64):
         module = spec.make()
         before = snapshot(module)
@@ -60,6 +65,7 @@ def _layers(*, few_in_flax):
 every_layer, every_layer_but_few_in_flax = _layers(few_in_flax=False), _layers(few_in_flax=True)
 
 
+@pytest.mark.torch_engine  # about this file
 def test_the_few_are_in_the_catalogue():
     assert {spec.name for spec in SPECS} >= _FEW
 
@@ -95,7 +101,7 @@ def test_compiled_gradients(layer):
 
 @pytest.mark.long
 @every_layer_but_few_in_flax
-def test_vmap_and_its_gradients(layer):
+def test_vmap_and_its_gradients(layer, engine):
     """Over all inputs at once, against a loop in torch; gradients of the weights are summed over the batch."""
     args, kwargs = layer.spec.draw_batch(3)
 
@@ -103,8 +109,8 @@ def test_vmap_and_its_gradients(layer):
         outputs = model.vmap(lambda m, a, k: m(*a, **k))(args, kwargs)
         return weighted_sum(outputs), outputs
 
-    expectation = pytest.warns(UserWarning, match="runs as a loop") if layer.spec.loops else contextlib.nullcontext()
-    with expectation:
+    loops = layer.spec.loops and engine == "torch"
+    with pytest.warns(UserWarning, match="runs as a loop") if loops else contextlib.nullcontext():
         grads = layer.model.jit(lambda m, *inputs: m.gradients(loss, *inputs))(*from_torch((args, kwargs)))
     _assert_gradients(layer, grads, looped(layer.module, 3), args, kwargs)
 

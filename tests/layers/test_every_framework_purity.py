@@ -9,6 +9,7 @@ from frameworks import EquinoxModel, LinenModel, eager_and_jit, every_framework
 from torch import nn
 from torchleaf import StateError, TorchCallError
 
+pytestmark = pytest.mark.both_engines(every=4)
 X = jnp.ones((2, 3))
 
 

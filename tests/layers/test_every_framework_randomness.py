@@ -12,7 +12,7 @@ from stateful_layers import assert_equal
 from torch import nn
 from torchleaf import RandomnessError
 
-pytestmark = every_framework
+pytestmark = [every_framework, pytest.mark.both_engines(every=4)]
 
 KEY, OTHER = jax.random.key(0), jax.random.key(1)
 

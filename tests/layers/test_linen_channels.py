@@ -5,6 +5,7 @@ import copy
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import pytest
 import torch
 import torchleaf
 from compare import assert_trees_close, eager_and_jit, from_torch
@@ -12,6 +13,7 @@ from linen_models import by_torch_name, normal, tensors
 from torch import nn as tnn
 from torch._subclasses.fake_tensor import FakeTensor
 
+pytestmark = pytest.mark.both_engines(every=4)
 TorchModule = torchleaf.linen.TorchModule
 KEY = jax.random.key(0)
 
@@ -56,6 +58,7 @@ def test_a_batch_norm_network_trains_channels_last_as_in_torch(jit):
     assert_trees_close(trained, from_torch(tensors(module)), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.torch_engine  # memory
 def test_torch_sees_views_in_its_layout():
     seen = []
 

@@ -16,6 +16,7 @@ from linen_models import by_torch_name, mixed, normal, tensors
 from module_reference import snapshot
 from torch import nn as tnn
 
+pytestmark = pytest.mark.both_engines(every=4)
 TorchModule = torchleaf.linen.TorchModule
 KEY = jax.random.key(0)
 

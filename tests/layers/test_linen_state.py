@@ -13,6 +13,7 @@ from compare import assert_trees_close, eager_and_jit, from_torch
 from linen_models import by_torch_name, mixed
 from torch import nn as tnn
 
+pytestmark = pytest.mark.both_engines(every=4)
 TorchModule = torchleaf.linen.TorchModule
 KEY = jax.random.key(0)
 

@@ -11,6 +11,7 @@ from compare import assert_trees_close, eager_and_jit, from_torch
 from flax.training.train_state import TrainState
 from torch import nn as tnn
 
+pytestmark = pytest.mark.both_engines(every=4)
 TorchModule = torchleaf.linen.TorchModule
 KEY = jax.random.key(0)
 

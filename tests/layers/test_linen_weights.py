@@ -17,6 +17,7 @@ from flax.core import FrozenDict, freeze
 from flax.traverse_util import flatten_dict, path_aware_map
 from linen_models import assert_same_tensors, mixed, normal
 
+pytestmark = pytest.mark.both_engines(every=4)
 TorchModule = torchleaf.linen.TorchModule
 KEY = jax.random.key(0)
 

@@ -21,6 +21,7 @@ from layer_catalogue import SPECS
 from module_reference import snapshot
 from torch import nn
 
+pytestmark = pytest.mark.both_engines(every=4)
 Buffer, Frozen, TorchModule = torchleaf.nnx.Buffer, torchleaf.nnx.Frozen, torchleaf.nnx.TorchModule
 
 every_layer = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
@@ -325,9 +326,13 @@ def test_channels_last():
     assert_trees_close(TorchModule(module, channels_last=True)(images), from_torch(expected), rtol=1e-4)
 
 
-def test_options_reach_the_call():
+@pytest.mark.torch_engine
+def test_forward_mode_option_reaches_the_call():
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(TorchModule(nn.Linear(3, 4), forward_mode=False), (X,), (X,))
+
+
+def test_out_shape_option_reaches_the_call():
     with pytest.raises(torchleaf.TorchCallError, match="out_shape"):
         TorchModule(nn.Linear(3, 4), out_shape=jax.ShapeDtypeStruct((16, 5), jnp.float32))(X)
 

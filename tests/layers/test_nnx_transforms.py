@@ -15,6 +15,7 @@ from flax import linen, nnx
 from fresh_process import run_python
 from torch import nn
 
+pytestmark = pytest.mark.both_engines(every=4)
 Buffer, Frozen, TorchModule = torchleaf.nnx.Buffer, torchleaf.nnx.Frozen, torchleaf.nnx.TorchModule
 
 X = jnp.asarray(np.random.default_rng(1).normal(size=(16, 3)), jnp.float32)

@@ -173,3 +173,9 @@ def loss_and_state(model, x, state):
 
 def assert_equal(actual, expected):
     assert_trees_close(actual, expected, rtol=0, atol=0)
+
+
+def assert_as_torch(engine: str, actual, expected):
+    """Bit for bit where torch computes."""
+    tolerance = 0 if engine == "torch" else 1e-5
+    assert_trees_close(actual, expected, rtol=tolerance, atol=tolerance)

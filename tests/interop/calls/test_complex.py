@@ -10,6 +10,8 @@ import twins
 from compare import assert_trees_close, eager_and_jit, torch_gradients
 from twins import Twin
 
+pytestmark = pytest.mark.both_engines(every=4)
+
 
 def close(actual, expected, rtol=2e-4, atol=2e-5):
     assert_trees_close(actual, expected, rtol=rtol, atol=atol)

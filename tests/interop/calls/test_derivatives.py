@@ -6,6 +6,8 @@ import pytest
 import twins
 from compare import assert_trees_close, eager_and_jit
 
+pytestmark = pytest.mark.both_engines(every=4)
+
 
 def total(function):
     """A scalar of all outputs, not symmetric in them."""

@@ -12,7 +12,7 @@ import torchleaf
 from compare import assert_trees_close, eager_and_jit
 from torch.nn import functional as F
 
-pytestmark = pytest.mark.filterwarnings("ignore:vmap of .* runs as a loop")
+pytestmark = [pytest.mark.both_engines(every=4), pytest.mark.filterwarnings("ignore:vmap of .* runs as a loop")]
 
 
 def close(actual, expected, rtol=1e-3):

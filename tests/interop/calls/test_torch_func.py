@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from twins import Twin
 
 pytestmark = [
+    pytest.mark.both_engines(every=4),
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),  # torch.func.jvp uses it
     pytest.mark.filterwarnings("ignore:vmap of .* runs as a loop:UserWarning"),  # torch.autograd.grad cannot be batched
 ]

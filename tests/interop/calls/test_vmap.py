@@ -10,6 +10,8 @@ from compare import assert_trees_close, eager_and_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.both_engines(every=4)
+
 
 def close(actual, expected):
     assert_trees_close(actual, expected, rtol=2e-4, atol=1e-5)

@@ -9,6 +9,7 @@ from samples import as_torch
 from torchleaf import torch_function
 from transformers.modeling_outputs import BaseModelOutput
 
+pytestmark = pytest.mark.both_engines(every=4)
 X = jnp.arange(6.0).reshape(2, 3) / 3 - 0.5
 
 

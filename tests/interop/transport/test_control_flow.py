@@ -11,6 +11,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from watching import Recorder
 
+pytestmark = pytest.mark.both_engines(every=4)
+
 
 def step_torch(h, w):
     return torch.tanh(h @ w) + 0.1 * h
@@ -231,6 +233,7 @@ def test_checkpoint(policy, step, args, jit):
     )
 
 
+@pytest.mark.torch_engine  # torch's ops are watched
 @pytest.mark.parametrize("policy", [None, "everything_saveable"])
 def test_checkpoint_recomputes_what_it_does_in_jax(policy, args, each_remat):
     """The forward runs twice where nothing may be saved, once where everything may (with what torch keeps of it)."""

@@ -10,6 +10,7 @@ from samples import NARROW, as_torch, dtype_id, raw_bytes, sample
 from torch.nn import functional as F
 from torchleaf import to_jax, torch_function
 
+pytestmark = pytest.mark.both_engines(every=4)
 X = jnp.arange(6.0).reshape(2, 3) / 3 - 0.5
 
 

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 from torchleaf import TorchCallError, TorchModule, to_jax, to_torch, torch_function
 from transformers.modeling_outputs import BaseModelOutput
 
+pytestmark = pytest.mark.both_engines(every=4)
 X = jnp.arange(6.0).reshape(2, 3) / 3 - 0.5
 Y = jnp.linspace(1, 2, 6).reshape(2, 3)
 
@@ -237,6 +238,7 @@ def test_transformations_of_jax_take_dataclasses():
     assert_trees_close(sharded(given), Plain(X * Y, Y))
 
 
+@pytest.mark.torch_engine  # values are read
 def test_declared_output():
     shape = jax.ShapeDtypeStruct((2, 3), jnp.float32)
     function = torch_function(lambda x: Frozen(x * x.sum().item()), out_shape=Frozen(shape))
@@ -368,6 +370,7 @@ class Tagger(torch.nn.Module):
         return self.head(padded), lengths
 
 
+@pytest.mark.torch_engine  # lengths are read
 @eager_and_jit
 def test_packing_inside_a_module(jit):
     module, x = Tagger(), torch.randn(3, 4, 3)

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,6 +103,32 @@ def test_writes_and_views_become_a_function(fn):
     assert_trees_close((ours,), torch_gradients(total(fn), given), rtol=1e-5)
 
 
+def _places(n, dtype=torch.float32):
+    return torch.empty(n, dtype=dtype), torch.empty(n, dtype=torch.int64)
+
+
+INTO_PLACES = {
+    "div": lambda x: torch.div(x, 2 * x + 9, out=_places(6)[0]),
+    "div, rounded": lambda x: torch.div(x, 0.3, rounding_mode="floor", out=_places(6)[0]),
+    "div by a mode": lambda x: torch.div(x, x * 0 + 0.3, rounding_mode="trunc", out=_places(6)[0]),
+    "max of two": lambda x: torch.max(x, x.flip(0), out=_places(6)[0]),
+    "min of two": lambda x: torch.min(x, x.flip(0), out=_places(6)[0]),
+    "max along an axis": lambda x: torch.max(x.view(2, 3), 1, out=_places(2)),
+    "min along an axis": lambda x: torch.min(x.view(2, 3), 1, out=_places(2)),
+    "median": lambda x: torch.median(x.view(2, 3), 1, out=_places(2)),
+    "nanmedian": lambda x: torch.nanmedian(x.view(2, 3), 1, out=_places(2)),
+    "sort": lambda x: torch.sort(x, out=_places(6)),
+    "stable sort": lambda x: torch.sort(x, stable=True, out=_places(6)),
+}
+
+
+@pytest.mark.parametrize("fn", INTO_PLACES.values(), ids=INTO_PLACES)
+def test_results_into_places(fn):
+    """Of ops whose variants with `out` have names unlike those without."""
+    x = torch.tensor([-2.0, 0.3, 1.5, -0.7, 2.2, 4.0])
+    assert_trees_close(tuple(jax.tree.leaves(by_xla(fn)(from_torch(x)))), from_torch(tuple(jax.tree.leaves(fn(x)))))
+
+
 def test_arguments_of_every_structure():
     def fn(pair, *, scale, mode, names=None):
         x, (y, n) = pair["x"], pair["rest"]
@@ -194,6 +221,25 @@ def test_gradients_stop_where_torch_stops_them(fn):
     ours = by_xla(fn)
     assert_trees_close(ours(x), from_torch(fn(torch.from_numpy(np.array(x)))), rtol=1e-5)
     assert_trees_close((jax.grad(ours)(x),), torch_gradients(fn, x), rtol=1e-5)
+
+
+def test_what_torchs_own_python_detaches():
+    """Not seen by function modes: the straight-through estimator, and the norm of rows that are looked up."""
+
+    def choice(x, hard):
+        return (torch.nn.functional.gumbel_softmax(x, hard=hard) * torch.arange(4.0)).sum()
+
+    x, key = jnp.array([-1.0, 0.2, 0.7, 2.0]), jax.random.key(0)
+    hard, soft = (jax.grad(lambda x, h=h: by_xla(choice)(x, h, key=key))(x) for h in (True, False))
+    assert jnp.any(soft)
+    assert_trees_close(hard, soft, rtol=1e-5)
+
+    embedding = torch.nn.Embedding(5, 3, max_norm=0.5)
+    model, ids = torchleaf.TorchModule(embedding, engine="xla", copy=True), torch.tensor([1, 2, 1])
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(eqx.tree_at(lambda m: m.params, model, p)(from_torch(ids)) ** 2)))
+    actual = grads(model.params)
+    (embedding(ids) ** 2).sum().backward()
+    assert_trees_close(actual, from_torch({"weight": embedding.weight.grad}), rtol=1e-5)
 
 
 @pytest.mark.long

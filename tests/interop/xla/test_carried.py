@@ -36,13 +36,25 @@ def _with_a_function_of_its_own(x):
     return Halved.apply(x.sin()).square()
 
 
+_halved = Halved.apply  # as most users of such functions write it
+
+
+def _with_one_that_was_bound_before(x):
+    return _halved(x * 2).sin()
+
+
 def carried_by(ours):
     return {name for made in ours._specialized.values() for name in made.graph.carried()}
 
 
 @pytest.mark.parametrize(
     ("fn", "op"),
-    [(_with_a_missing_op, "linalg_eig.default"), (_with_a_function_of_its_own, "torch.autograd.Function Halved")],
+    [
+        (_with_a_missing_op, "linalg_eig.default"),
+        (_with_a_function_of_its_own, "torch.autograd.Function Halved"),
+        (_with_one_that_was_bound_before, "torch.autograd.Function Halved"),
+        (_halved, "torch.autograd.Function Halved"),
+    ],
 )
 def test_torch_computes_what_is_missing(fn, op):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3)), jnp.float32)

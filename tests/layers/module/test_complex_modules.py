@@ -15,6 +15,8 @@ from compare import assert_trees_close, from_torch
 from module_reference import eager_and_filter_jit
 from torch import nn
 
+pytestmark = pytest.mark.both_engines(every=4)
+
 
 def complex_randn(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.complex64)

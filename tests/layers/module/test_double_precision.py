@@ -13,6 +13,7 @@ from frameworks import eager_and_jit, every_framework
 from module_reference import torch_gradients_of, weighted_sum
 from torch import nn
 
+pytestmark = pytest.mark.both_engines(every=4)
 X = torch.linspace(-1.5, 2, 6).reshape(2, 3)
 
 

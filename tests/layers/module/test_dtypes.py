@@ -13,6 +13,8 @@ from custom_layers import Channels
 from module_reference import eager_and_filter_jit, torch_gradients_of, weighted_sum
 from torch import nn
 
+pytestmark = pytest.mark.both_engines(every=4)
+
 
 class ConvNet(nn.Module):
     """Reads images as they are stored, in bytes."""

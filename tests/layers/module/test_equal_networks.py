@@ -132,7 +132,7 @@ DIFFERENT = {
     "unlike objects": (lambda: _Configured(config=object()), lambda: _Configured(config=object())),
 }
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+pytestmark = [pytest.mark.both_engines(every=4), pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")]
 
 
 def _structure(model):
@@ -221,6 +221,7 @@ def test_nnx_models_in_tree_map():
     assert_trees_close(nnx.merge(graphdef, blended)(from_torch(X)), 0.5 * both[0] + 0.5 * both[1])
 
 
+@pytest.mark.torch_engine  # which traces once
 def test_equal_models_share_a_trace():
     traces = []
 

@@ -8,6 +8,7 @@ from compare import assert_trees_close, from_torch
 from frameworks import EquinoxModel, LinenModel, NNXModel, every_framework
 from torch import nn
 
+pytestmark = pytest.mark.both_engines(every=4)
 X = torch.linspace(-1.5, 2, 6).reshape(2, 3)
 
 

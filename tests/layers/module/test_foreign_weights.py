@@ -12,6 +12,7 @@ from frameworks import eager_and_jit, every_framework
 from torch import nn
 from torchleaf import TorchCallError, TorchModule
 
+pytestmark = pytest.mark.both_engines(every=4)
 X = torch.linspace(-1.5, 2, 6).reshape(2, 3)
 GLOBAL: dict[str, nn.Module] = {}
 global_module: nn.Module = nn.Identity()
@@ -133,6 +134,7 @@ def test_refused_by_name(framework, jit, make, message):
     GLOBAL.clear()
 
 
+@pytest.mark.torch_engine  # hooks on gradients
 @every_framework
 def test_in_the_backward_pass(framework):
     model, x = framework(_BackwardHook()), from_torch(X)

@@ -18,6 +18,7 @@ from module_reference import torch_gradients_of, weighted_sum
 from samples import raw_bytes
 from torch import nn
 
+pytestmark = pytest.mark.both_engines(every=4)
 DOCS = Path(__file__).parents[3]
 residual_modes = pytest.mark.parametrize("residuals", ["live", "recompute"])
 
@@ -53,6 +54,7 @@ def test_gradients_are_of_the_others(frozen):
     assert len(grads.frozen) == 2 * len(frozen)
 
 
+@pytest.mark.torch_engine  # torch's ops are counted
 @residual_modes
 @pytest.mark.parametrize(("frozen", "products", "tanhs"), [((), 7, 4), ((0,), 5, 3), ((0, 1, 2), 1, 1), ((3,), 6, 4)])
 def test_frozen_parameters_cost_no_backward(frozen, products, tanhs, residuals, backward):
@@ -91,6 +93,7 @@ def test_frozen_parameters_keep_no_activations():
     assert not kept[-1]
 
 
+@pytest.mark.torch_engine  # torch's ops are counted
 def test_forward_mode_leaves_frozen_parameters_out():
     """Tangents of trained parameters alone reach torch."""
     module, x = mlp(0), jnp.ones((5, 8))
@@ -163,6 +166,7 @@ def trained(model, optimizer, loss, steps):
 PAGES = {"README.md": "model", "docs/quickstart.md": "eqx.combine(params, static)", "docs/weights.md": "trained"}
 
 
+@pytest.mark.torch_engine  # pages as they are
 @pytest.mark.long
 @pytest.mark.parametrize(("page", "result"), PAGES.items(), ids=PAGES)
 def test_the_documented_recipe_leaves_the_rest_bit_identical(page, result, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from torchleaf import TorchCallError, TorchModule
 from untouched import unchanged
 from written_forwards import module_of, run
 
+pytestmark = pytest.mark.both_engines(every=4)
 X = torch.linspace(-1.5, 2, 6).reshape(2, 3)
 
 
@@ -194,6 +195,7 @@ def test_what_a_call_keeps_for_itself_is_forgotten(forward, jit):
         assert_trees_close(grads.params, torch_gradients_of(twin, twin, (X * factor,), {})[0])
 
 
+@pytest.mark.torch_engine  # memory of what was computed
 @eager_and_filter_jit
 def test_a_hook_that_keeps_what_the_module_computed(jit):
     """As for extracting features: torch's own memory, which stays when JAX's is gone."""

@@ -11,6 +11,7 @@ from frameworks import every_framework
 from fresh_process import run_python
 from torch import nn
 
+pytestmark = pytest.mark.both_engines(every=4)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.float8_e4m3fn, torch.int32, torch.bool]
 
 

@@ -172,7 +172,10 @@ if hasattr(F, "linear_cross_entropy"):  # since torch 2.13
 
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
 every_reduction = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-pytestmark = pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss:UserWarning")  # kl_div
+pytestmark = [
+    pytest.mark.both_engines(every=4),
+    pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss:UserWarning"),  # kl_div
+]
 
 
 def _in_torch(loss: Loss, arrays: tuple[np.ndarray, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -199,6 +202,10 @@ def _value_and_grad(loss: Loss, value: jax.Array) -> Callable[..., Any]:
     return compute
 
 
+READS_VALUES = (F.gaussian_nll_loss, F.ctc_loss)
+"""Variances, and lengths: what `engine="xla"` refuses."""
+
+
 def test_every_loss_of_torch_is_tested():
     """If this fails, a release of torch has a new loss."""
     losses = {
@@ -211,41 +218,49 @@ def test_every_loss_of_torch_is_tested():
 
 @eager_and_jit
 @every_loss
-def test_value_and_gradient(loss, jit, rng):
-    _check(loss, jit, rng)
+def test_value_and_gradient(loss, jit, rng, engine):
+    _check(loss, jit, rng, engine)
 
 
 @every_reduction
 @every_loss
-def test_reduction(loss, reduction, rng):
-    _check(replace(loss, options=loss.options | {"reduction": reduction}), jax.jit, rng)
+def test_reduction(loss, reduction, rng, engine):
+    _check(replace(loss, options=loss.options | {"reduction": reduction}), jax.jit, rng, engine)
 
 
-def _check(loss, jit, rng):
+def _check(loss, jit, rng, engine):
     arrays = loss.arrays(rng)
     expected = _in_torch(loss, arrays)
+    if engine == "xla" and loss.fn in READS_VALUES:
+        with pytest.raises(torchleaf.TorchCallError, match=r"values.*Use engine='torch'|values.*use engine='torch'"):
+            _value_and_grad(loss, expected[0])(*map(jnp.asarray, arrays))
+        return
     assert_trees_close(jit(_value_and_grad(loss, expected[0]))(*map(jnp.asarray, arrays)), expected)
 
 
 @every_loss
-def test_vmap_of_value_and_gradient(loss, rng):
+def test_vmap_of_value_and_gradient(loss, rng, engine):
+    if engine == "xla" and loss.fn in READS_VALUES:
+        pytest.skip("it reads values")
     batch = [loss.arrays(rng) for _ in range(3)]
     stacked = [jnp.stack(column) for column in zip(*batch, strict=True)]
     expected = [_in_torch(loss, arrays) for arrays in batch]
     compute = jax.jit(jax.vmap(_value_and_grad(loss, expected[0][0])))
-    with contextlib.nullcontext() if loss.batches else pytest.warns(UserWarning, match="runs as a loop"):
+    loops = not loss.batches and engine == "torch"
+    with pytest.warns(UserWarning, match="runs as a loop") if loops else contextlib.nullcontext():
         actual = compute(*stacked)
     assert_trees_close(actual, jax.tree.map(lambda *rows: jnp.stack(rows), *expected))
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"ignore_index": 1}], ids=repr)
-def test_vmap_with_class_weights_in_common(options, rng):
+def test_vmap_with_class_weights_in_common(options, rng, engine):
     """The batch has labels of its own and shares the class weights, as in training."""
     loss = Loss("cross_entropy", F.cross_entropy, classified, options)
     batch, weights = [loss.arrays(rng) for _ in range(3)], _class_weights(rng)
     cross_entropy = torchleaf.torch_function(F.cross_entropy)
     compute = jax.vmap(jax.value_and_grad(lambda x, y, w: cross_entropy(x, y, w, **options)), (0, 0, None))
-    with pytest.warns(UserWarning, match="loop") if "label_smoothing" in options else contextlib.nullcontext():
+    loops = "label_smoothing" in options and engine == "torch"
+    with pytest.warns(UserWarning, match="loop") if loops else contextlib.nullcontext():
         actual = compute(*(jnp.stack(column) for column in zip(*batch, strict=True)), weights)
     expected = [_in_torch(loss, (*arrays, weights)) for arrays in batch]
     assert_trees_close(actual, jax.tree.map(lambda *rows: jnp.stack(rows), *((v, g) for v, (g,) in expected)))
@@ -269,9 +284,11 @@ def test_labels_of_any_integer_type(rng):
 
 
 @pytest.mark.parametrize("name", ["CrossEntropyLoss", "HuberLoss", "CTCLoss"])
-def test_loss_modules(name, rng):
+def test_loss_modules(name, rng, engine):
     """Losses as modules: no parameters, the same numbers."""
     module = getattr(torch.nn, name)()
     arrays = {"CrossEntropyLoss": _draw(logits, _labels), "HuberLoss": values, "CTCLoss": _ctc_arrays}[name](rng)
     expected = module(*(torch.tensor(a) if a.dtype == np.float32 else torch.tensor(a).long() for a in arrays))
+    if engine == "xla" and name == "CTCLoss":
+        pytest.skip("it reads values")
     assert_trees_close(torchleaf.TorchModule(module)(*map(jnp.asarray, arrays)), from_torch(expected))

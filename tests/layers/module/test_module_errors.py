@@ -8,6 +8,8 @@ from module_reference import eager_and_filter_jit
 from torch import nn
 from torchleaf import TorchCallError, TorchModule
 
+pytestmark = pytest.mark.both_engines(every=4)
+
 
 @eager_and_filter_jit
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from torchleaf import TorchModule
 from untouched import unchanged
 from written_forwards import module_of, run
 
+pytestmark = pytest.mark.both_engines(every=4)
 X = torch.linspace(-1.5, 2, 6).reshape(2, 3)
 IDS = torch.tensor([[0, 3, 3], [1, 0, 4]])
 

@@ -10,6 +10,7 @@ from module_reference import torch_gradients_of, weighted_sum
 from torch import nn
 from torchleaf import TorchModule
 
+pytestmark = pytest.mark.both_engines(every=4)
 X = torch.linspace(-1.5, 2, 12).reshape(4, 3)
 
 

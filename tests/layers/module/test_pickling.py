@@ -18,6 +18,7 @@ from frameworks import every_framework
 from fresh_process import run_python
 from torch import nn
 
+pytestmark = pytest.mark.both_engines(every=4)
 X = torch.linspace(-1.5, 2, 6).reshape(2, 3)
 
 

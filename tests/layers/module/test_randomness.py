@@ -15,6 +15,7 @@ from compare import assert_trees_close, from_torch
 from module_reference import weighted_sum
 from torch import nn
 
+pytestmark = pytest.mark.both_engines(every=4)
 KEY, OTHER = jax.random.key(0), jax.random.key(2)
 
 

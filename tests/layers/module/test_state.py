@@ -19,6 +19,7 @@ from stateful_layers import (
     Counters,
     CountsPositive,
     MovingAverage,
+    assert_as_torch,
     assert_equal,
     buffers_of,
     by_torch,
@@ -30,6 +31,7 @@ from stateful_layers import (
 from torch import nn
 from torchleaf.interop.transport.program import wait_until_idle
 
+pytestmark = pytest.mark.both_engines(every=4)
 STEPS = 4
 
 
@@ -57,17 +59,19 @@ def scan(model, state, xs):
     return [jax.tree.map(lambda y, i=i: y[i], outputs) for i in range(len(xs))], state
 
 
+@pytest.mark.usefixtures("readable")
 @each
 @pytest.mark.parametrize("run", [loop, compiled_loop, scan])
-def test_steps_are_torchs_bit_for_bit(spec, run):
+def test_steps_are_torchs_bit_for_bit(spec, run, engine):
     module, inputs = spec.make(), spec.inputs(STEPS)
     expected, buffers = by_torch(module, inputs)
     model, state = make(module)
     outputs, state = run(model, state, from_torch(inputs))
-    assert_equal(outputs, expected)
-    assert_equal(state.get(model.buffer_index), buffers)
+    assert_as_torch(engine, outputs, expected)
+    assert_as_torch(engine, state.get(model.buffer_index), buffers)
 
 
+@pytest.mark.usefixtures("readable")
 @pytest.mark.long
 @each
 def test_nothing_else_changes(spec):
@@ -84,9 +88,10 @@ def test_nothing_else_changes(spec):
     assert (snapshot(module), [raw_bytes(a) for a in arrays]) == before
 
 
+@pytest.mark.usefixtures("readable")
 @each
 @pytest.mark.parametrize("residuals", ["live", "recompute"])
-def test_gradients_and_state_of_one_step(spec, residuals):
+def test_gradients_and_state_of_one_step(spec, residuals, engine):
     """The state comes out of the differentiated call as of the plain one."""
     module, (x,) = spec.make(), spec.inputs(1)
     _, buffers = by_torch(module, [x])
@@ -102,7 +107,7 @@ def test_gradients_and_state_of_one_step(spec, residuals):
     )
     assert_trees_close(grads.params, expected, rtol=1e-4, atol=1e-4)
     assert_trees_close(input_grad, x_grad, rtol=1e-4, atol=1e-4)
-    assert_equal(state.get(model.buffer_index), buffers)
+    assert_as_torch(engine, state.get(model.buffer_index), buffers)
 
 
 def test_no_gradient_flows_through_state():
@@ -119,7 +124,7 @@ def test_no_gradient_flows_through_state():
 
 
 @pytest.mark.usefixtures("each_remat")
-def test_checkpointed_steps(rng):
+def test_checkpointed_steps(rng, engine):
     """jax.checkpoint runs the forward twice; the state is that of once."""
     module = nn.BatchNorm1d(3)
     model, state = make(module)
@@ -127,7 +132,7 @@ def test_checkpointed_steps(rng):
     _, buffers = by_torch(module, [torch.tensor(x.tolist())])
     loss = jax.checkpoint(lambda x, state: loss_and_state(model, x, state))
     (_, state), _ = jax.jit(jax.value_and_grad(loss, has_aux=True))(x, state)
-    assert_equal(state.get(model.buffer_index), buffers)
+    assert_as_torch(engine, state.get(model.buffer_index), buffers)
 
 
 # --- where a stateful module stands ------------------------------------------------------------------
@@ -196,7 +201,7 @@ def test_next_to_equinox_state():
     assert_trees_close(model.torch.buffers_in(state), by_torch(module, [x])[1])
 
 
-def test_other_methods_change_state():
+def test_other_methods_change_state(engine):
     class Two(MovingAverage):
         def observe(self, x):
             return self.forward(x).mean()
@@ -204,12 +209,13 @@ def test_other_methods_change_state():
     module, x = Two(3, UPDATES["reassigned"]), torch.randn(5, 3)
     model, state = make(module)
     _, state = eqx.filter_jit(lambda m, x, s: m.call("observe", x, state=s))(model, from_torch(x), state)
-    assert_equal(state.get(model.buffer_index), by_torch(module, [x])[1])
+    assert_as_torch(engine, state.get(model.buffer_index), by_torch(module, [x])[1])
 
 
 # --- training ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.torch_engine
 @pytest.mark.long
 def test_a_hundred_steps_of_a_resnet_are_torchs_bit_for_bit():
     """Losses, weights and running statistics under SGD.
@@ -255,7 +261,7 @@ def test_a_hundred_steps_of_a_resnet_are_torchs_bit_for_bit():
 # --- evaluation mode ---------------------------------------------------------------------------------
 
 
-def test_inference_mode_uses_the_statistics_and_keeps_them():
+def test_inference_mode_uses_the_statistics_and_keeps_them(engine):
     """To evaluation and back; the state passes through."""
     module, inputs = STATEFUL["nested"].make(), STATEFUL["nested"].inputs(3)
     model, state = make(module)
@@ -268,12 +274,12 @@ def test_inference_mode_uses_the_statistics_and_keeps_them():
     evaluating = eqx.nn.inference_mode(model)
     y, state = eqx.filter_jit(lambda m, x, s: m(x, s))(evaluating, from_torch(x), state)
     assert_trees_close(y, from_torch(copy.deepcopy(module).eval()(x)))
-    assert_equal(state.get(model.buffer_index), before)
+    assert_as_torch(engine, state.get(model.buffer_index), before)
 
     training = eqx.nn.inference_mode(evaluating, value=False)
     y, state = training(from_torch(x), state)
-    assert_equal(y, from_torch(module(x)))
-    assert_equal(state.get(model.buffer_index), buffers_of(module))
+    assert_as_torch(engine, y, from_torch(module(x)))
+    assert_as_torch(engine, state.get(model.buffer_index), buffers_of(module))
 
 
 @pytest.mark.parametrize("stateful", [True, False])
@@ -302,7 +308,7 @@ def test_vmap_in_evaluation_mode_shares_the_state():
 
 
 @some
-def test_state_dicts_carry_the_state(spec):
+def test_state_dicts_carry_the_state(spec, engine):
     """Out to torch, and back in, with the buffers of the state."""
     module, inputs = spec.make(), spec.inputs(3)
     model, state = make(module)
@@ -311,16 +317,16 @@ def test_state_dicts_carry_the_state(spec):
         module(x)
 
     exported = torchleaf.state_dict(model, state)
-    assert_equal(from_torch(exported), from_torch(dict(module.state_dict())))
+    assert_as_torch(engine, from_torch(exported), from_torch(dict(module.state_dict())))
     plain = torchleaf.to_torch_module(model, state)
     assert plain.training
-    assert_equal(from_torch(plain(inputs[2])), from_torch(copy.deepcopy(module)(inputs[2])))
+    assert_as_torch(engine, from_torch(plain(inputs[2])), from_torch(copy.deepcopy(module)(inputs[2])))
 
     other, other_state = make(spec.make())
     other, other_state = torchleaf.load_state_dict(other, exported, other_state)
-    assert_equal(other_state.get(other.buffer_index), state.get(model.buffer_index))
+    assert_as_torch(engine, other_state.get(other.buffer_index), state.get(model.buffer_index))
     y, _ = other(from_torch(inputs[2]), other_state)
-    assert_equal(y, from_torch(module(inputs[2])))
+    assert_as_torch(engine, y, from_torch(module(inputs[2])))
 
 
 def test_serialisation(tmp_path):
@@ -337,27 +343,28 @@ def test_serialisation(tmp_path):
 # --- dtypes ------------------------------------------------------------------------------------------
 
 
-def test_float64_state(x64):
+def test_float64_state(x64, engine):
     module, inputs = Counters(3, wide=True), STATEFUL["Counters"].inputs(STEPS)
     expected, buffers = by_torch(module, inputs)
     assert {"float64", "int64", "uint8", "bool", "bfloat16", "int32"} == {str(b.dtype) for b in buffers.values()}
     model, state = make(module)
     outputs, state = compiled_loop(model, state, from_torch(inputs))
-    assert_equal(outputs, expected)
-    assert_equal(state.get(model.buffer_index), buffers)
+    assert_as_torch(engine, outputs, expected)
+    assert_as_torch(engine, state.get(model.buffer_index), buffers)
 
 
-def test_double_batchnorm(x64):
+def test_double_batchnorm(x64, engine):
     module, x = nn.BatchNorm1d(3).double(), torch.randn(5, 3).double()
     model, state = make(module)
     y, state = eqx.filter_jit(lambda m, x, s: m(x, s))(model, from_torch(x), state)
     expected, buffers = by_torch(module, [x])
-    assert_equal([y, state.get(model.buffer_index)], [expected[0], buffers])
+    assert_as_torch(engine, [y, state.get(model.buffer_index)], [expected[0], buffers])
 
 
 # --- state that depends on values --------------------------------------------------------------------
 
 
+@pytest.mark.torch_engine  # values are read
 def test_state_that_depends_on_values():
     """Code that cannot be traced: run once eagerly, or with `out_shape`, and then compiled."""
     module = CountsPositive(3)
@@ -375,6 +382,7 @@ def test_state_that_depends_on_values():
         assert_equal(state.get(model.buffer_index), buffers)
 
 
+@pytest.mark.torch_engine  # values are read
 def test_state_that_depends_on_values_without_state():
     """Refused when it happens, and only then; the next call is not affected."""
     module, x = CountsPositive(3), jnp.ones((4, 3))

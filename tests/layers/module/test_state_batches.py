@@ -13,6 +13,8 @@ from module_reference import torch_gradients_of, weighted_sum
 from stateful_layers import STATEFUL, assert_equal, buffers_of, by_torch, loss_and_state, make, some
 from torch import nn
 
+pytestmark = pytest.mark.both_engines(every=4)
+
 
 @pytest.mark.filterwarnings("ignore:vmap of .* runs as a loop")  # power iterations and index_copy_
 @some
@@ -54,8 +56,10 @@ def test_ensembles_train_with_inputs_of_their_own():
 @some
 @pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("method", ["auto", "vmap", "loop"])
-def test_state_shared_by_a_batch_is_refused(spec, jit, method):
+def test_state_shared_by_a_batch_is_refused(spec, jit, method, engine):
     """Batch statistics need the whole batch; the error says what to do."""
+    if engine == "xla" and spec is STATEFUL["spectral_norm"]:
+        pytest.skip("its new state does not depend on the examples")
     model, state = make(spec.make(), vmap_method=method)
     xs = jnp.ones((5, *spec.shape))
     with pytest.raises(
@@ -71,6 +75,7 @@ BATCHES = {
 }
 
 
+@pytest.mark.torch_engine  # of `vmap_method`
 @pytest.mark.parametrize(("factory", "shape"), BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize("jit", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_native_batches_are_one_step(factory, shape, jit):

@@ -12,7 +12,10 @@ from compare import assert_trees_close, from_torch
 from stateful_layers import UPDATES, MovingAverage, each, make
 from torch import nn
 
+pytestmark = pytest.mark.both_engines(every=4)
 
+
+@pytest.mark.usefixtures("readable")
 @each
 def test_without_state_a_change_is_an_error(spec):
     """Of the trace where torch code can be traced, naming the buffers and the remedy."""

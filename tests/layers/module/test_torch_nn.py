@@ -25,6 +25,7 @@ from module_reference import eager_and_filter_jit, snapshot, torch_gradients_of,
 from torch_nn_specs import REFUSED, WITHOUT_FORWARD, class_name
 
 pytestmark = [
+    pytest.mark.both_engines(every=4),
     pytest.mark.filterwarnings("ignore:`NLLLoss2d` has been deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),  # once per process
 ]
@@ -51,11 +52,13 @@ every_stateful_spec = _each([spec for spec in SPECS if spec.stateful])
 every_random_spec = _each([spec for spec in SPECS if spec.random != "never"])
 
 
+@pytest.mark.torch_engine  # no call
 def test_every_class_is_listed():
     """If this fails, a release of torch has a new layer: give it a spec."""
     assert {class_name(spec) for spec in SPECS} | WITHOUT_FORWARD.keys() | REFUSED.keys() == CLASSES.keys()
 
 
+@pytest.mark.torch_engine  # no call
 def test_page_is_up_to_date():
     """If this fails: `python tests/support/torch_nn_page.py > docs/torch_nn.md`, with the newest torch."""
     committed = PAGE.read_text().splitlines(keepends=True)
@@ -64,6 +67,7 @@ def test_page_is_up_to_date():
     assert "".join(here) == torch_nn_page.page()
 
 
+@pytest.mark.torch_engine  # no call
 @_each(SPECS)
 def test_when_torch_itself_draws_and_changes_buffers(spec):
     """What the specs, and so the page, say of state and randomness."""
@@ -82,6 +86,7 @@ def test_when_torch_itself_draws_and_changes_buffers(spec):
     assert draws == {"never": (), "in training": (True,), "always": (True, False)}[spec.random]
 
 
+@pytest.mark.torch_engine  # no call
 @pytest.mark.parametrize("name", WITHOUT_FORWARD)
 def test_classes_that_compute_nothing(name):
     assert CLASSES[name].forward is torch.nn.Module.forward
@@ -101,6 +106,7 @@ def _call_with(model, params):
     return jnp.sum(eqx.tree_at(lambda m: m.params, model, params)(jnp.ones(3)) ** 2)
 
 
+@pytest.mark.torch_engine  # no call
 @pytest.mark.parametrize("name", [name for name in CLASSES if name.startswith("Lazy")])
 def test_lazy_layers_before_their_first_call(name):
     uninitialised = CLASSES[name](4, 2) if "Conv" in name else CLASSES[name](*[4] * (name == "LazyLinear"))
@@ -134,12 +140,12 @@ def test_jitted_output_and_gradients(spec):
 
 
 @every_deterministic_spec
-def test_vmap_and_its_gradients(spec):
+def test_vmap_and_its_gradients(spec, engine):
     module, model = _in_eval(spec)
     args, kwargs = spec.draw_batch(3)
     loop = looped(module, 3)
-    expectation = pytest.warns(UserWarning, match="runs as a loop") if spec.loops else contextlib.nullcontext()
-    with expectation:
+    loops = spec.loops and engine == "torch"
+    with pytest.warns(UserWarning, match="runs as a loop") if loops else contextlib.nullcontext():
         actual = _output_and_gradients(lambda m: eqx.filter_vmap(lambda *a, **k: m(*a, **k)), model, args, kwargs)
     expected = from_torch(loop(*args, **kwargs)), *torch_gradients_of(loop, module, args, kwargs)
     assert_trees_close(actual, expected, rtol=spec.tolerance, atol=spec.tolerance)
@@ -274,7 +280,7 @@ def test_gradient_is_that_of_the_same_random_numbers(spec):
 
 
 @every_random_spec
-def test_each_example_has_its_own_random_numbers(spec):
+def test_each_example_has_its_own_random_numbers(spec, engine):
     model = _random(spec)
     args, kwargs = from_torch(spec.draw_batch(3))
     keys = jax.random.split(jax.random.key(0), 3)
@@ -282,8 +288,8 @@ def test_each_example_has_its_own_random_numbers(spec):
     def run(args, kwargs, key):
         return model(*args, key=key, **kwargs)
 
-    expectation = pytest.warns(UserWarning, match="runs as a loop") if spec.loops else contextlib.nullcontext()
-    with expectation:
+    loops = spec.loops and engine == "torch"
+    with pytest.warns(UserWarning, match="runs as a loop") if loops else contextlib.nullcontext():
         batched = eqx.filter_jit(eqx.filter_vmap(run))(args, kwargs, keys)
     rows = [run(*jax.tree.map(lambda x: x[i] if eqx.is_array(x) else x, (args, kwargs, keys))) for i in range(3)]
     assert_trees_close(batched, jax.tree.map(lambda *ys: jnp.stack(ys), *rows))

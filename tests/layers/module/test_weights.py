@@ -8,6 +8,8 @@ import torchleaf
 from compare import assert_trees_close
 from torch import nn
 
+pytestmark = pytest.mark.both_engines(every=4)
+
 
 def _mixed() -> nn.Module:
     module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
