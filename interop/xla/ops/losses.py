@@ -4,7 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ..dtypes import Number, cast, opmath
+from ..dtypes import cast, opmath
 from ..table import op
 from .elementwise import absolute
 
@@ -80,7 +80,7 @@ def soft_margin_loss(x: Any, y: Any, reduction: int = 1, *, out: Any) -> Any:
 
 @op("multi_margin_loss")
 def multi_margin_loss(
-    x: Any, target: Any, p: Number = 1, margin: Number = 1, weight: Any = None, reduction: int = 1, *, out: Any
+    x: Any, target: Any, p: float | int = 1, margin: float | int = 1, weight: Any = None, reduction: int = 1, *, out: Any
 ) -> Any:
     """How far each class comes near the right one."""
     rows, classes = jnp.atleast_2d(x), jnp.atleast_1d(target)
