@@ -80,7 +80,14 @@ def soft_margin_loss(x: Any, y: Any, reduction: int = 1, *, out: Any) -> Any:
 
 @op("multi_margin_loss")
 def multi_margin_loss(
-    x: Any, target: Any, p: float = 1, margin: float = 1, weight: Any = None, reduction: int = 1, *, out: Any
+    x: Any,
+    target: Any,
+    p: float | int = 1,
+    margin: float | int = 1,
+    weight: Any = None,
+    reduction: int = 1,
+    *,
+    out: Any,
 ) -> Any:
     """How far each class comes near the right one."""
     rows, classes = jnp.atleast_2d(x), jnp.atleast_1d(target)

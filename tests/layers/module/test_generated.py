@@ -70,9 +70,11 @@ def built(request):
 
 
 @pytest.fixture
-def case(built):
+def case(built, engine):
     """A case, shown where a test fails; torch's modules and inputs must afterwards be as they were, bit for bit."""
     print(built.generated)
+    if engine == "xla" and any(getattr(part, "momentum", 0) is None for part in built.generated.module.modules()):
+        pytest.skip("a cumulative average reads how many batches there were")
 
     def state():
         return snapshot(built.generated.module), snapshot(built.quiet), raw_bytes(built.inputs)

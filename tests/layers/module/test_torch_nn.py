@@ -114,15 +114,17 @@ def test_lazy_layers_before_their_first_call(name):
         torchleaf.TorchModule(uninitialised)
 
 
-def _in_eval(spec: LayerSpec):
+def _in_eval(spec: LayerSpec, engine: str = "torch"):
     """In evaluation mode if training mode draws random numbers or changes buffers."""
+    if engine == "xla" and class_name(spec) in ("GaussianNLLLoss", "CTCLoss"):
+        pytest.skip("it reads values")
     module = spec.make().train(not spec.stateful and spec.random == "never")
     return module, torchleaf.TorchModule(module, **spec.options)
 
 
 @every_deterministic_spec
-def test_output(spec):
-    module, model = _in_eval(spec)
+def test_output(spec, engine):
+    module, model = _in_eval(spec, engine)
     before = snapshot(module)
     args, kwargs = spec.draw()
     actual = model(*from_torch(args), **from_torch(kwargs))
@@ -131,8 +133,8 @@ def test_output(spec):
 
 
 @every_deterministic_spec
-def test_jitted_output_and_gradients(spec):
-    module, model = _in_eval(spec)
+def test_jitted_output_and_gradients(spec, engine):
+    module, model = _in_eval(spec, engine)
     args, kwargs = spec.draw()
     actual = _output_and_gradients(lambda m: m, model, args, kwargs)
     expected = from_torch(module(*args, **kwargs)), *torch_gradients_of(module, module, args, kwargs)
@@ -141,7 +143,7 @@ def test_jitted_output_and_gradients(spec):
 
 @every_deterministic_spec
 def test_vmap_and_its_gradients(spec, engine):
-    module, model = _in_eval(spec)
+    module, model = _in_eval(spec, engine)
     args, kwargs = spec.draw_batch(3)
     loop = looped(module, 3)
     loops = spec.loops and engine == "torch"
