@@ -106,7 +106,7 @@ class JaxFunction:
 
     def __set_name__(self, owner: type, name: str) -> None:
         """In the body of a class it is a method, as functions are."""
-        self.__class__ = JaxMethod
+        self.__class__ = JaxMethod  # pyright: ignore[reportAttributeAccessIssue]
 
     def __repr__(self) -> str:
         return f"jax_function({self._name})"

@@ -180,7 +180,7 @@ class Capture(Mode):
             elif id(tensor) in resized:
                 self.memory.overwrite(tensor, value)
             else:
-                self.memory.write(tensor, value, keeps=not torch.is_grad_enabled())
+                self.memory.write(tensor, value, keeps=not torch.is_grad_enabled(), fills=name in _FILLING)
 
     def _is_by_code(self) -> bool:
         """Whether code detaches, maybe torch's own in Python (`F.embedding`), and not autograd as it records."""
@@ -306,6 +306,7 @@ def _wanting(found: table.Op, avals: Sequence[Aval]) -> Callable[..., Any]:
 
 _IGNORED = {torch.ops.prim.device.default, torch.ops.aten._assert_async.msg, torch.ops.aten._assert_async.default}
 """Ops that compute nothing."""
+_FILLING = {"fill.Scalar", "fill.Tensor", "zero.default"}
 _RESIZING = {torch.ops.aten.resize_.default, torch.ops.aten.resize_as_.default}
 _DETACH, _CONJ, _NEG_VIEW = (
     torch.ops.aten.detach.default,

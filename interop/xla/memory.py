@@ -115,15 +115,18 @@ class Memory:
     def _seen(self, storage: _Storage, value: int, tensor: torch.Tensor) -> int:
         return value if _is_whole(storage, tensor) else self._window(value, self._places(storage, tensor), tensor)
 
-    def write(self, tensor: torch.Tensor, value: int, *, keeps: bool) -> None:
+    def write(self, tensor: torch.Tensor, value: int, *, keeps: bool, fills: bool) -> None:
         """The tensor has a new value, and so have those that share its memory.
 
-        With `keeps`, without gradients, it has its old derivative: to torch's autograd it is the same as before.
+        With `keeps`, without gradients, it has its old derivative: to torch's autograd it is the same as before. With
+        `fills`, all its elements are the same.
         """
         storage, own = self._storages[self._storage_of(tensor)], self._sides.get(id(tensor), 0)
         new, apart = value, list[_Held]()
         if not _is_whole(storage, tensor):
             places = self._places(storage, tensor)
+            if not fills and _overlaps(tensor, places):
+                raise TorchCallError(_OVERLAPS)
             apart = [] if isinstance(places, Strided) else self._apart(storage, tensor)
             new = self._put(storage.sides[own], value, places, storage.base)
         for side, old in enumerate(storage.sides):
@@ -187,6 +190,17 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
 
 
 _MOST_COMPARED = 2**20
+_OVERLAPS = (
+    "it writes into a tensor of which more than one element refers to a single memory location, as those of "
+    "`x.expand(...)` do; most of torch's kernels refuse that. Clone the tensor before the write."
+)
+
+
+def _overlaps(tensor: torch.Tensor, places: Places) -> bool:
+    """Whether elements of a tensor lie where others do."""
+    if isinstance(places, Strided):
+        return any(isinstance(s, int) and s == 0 for s in tensor.stride())
+    return places.size <= _MOST_COMPARED and np.unique(places).size < places.size
 
 
 def _offsets_of(tensor: torch.Tensor) -> np.ndarray:

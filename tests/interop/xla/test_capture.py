@@ -309,3 +309,33 @@ def test_data_that_is_set_is_what_is_read():
     x = torch.arange(3.0)
     found = torchleaf.torch_function(swap, engine="xla")(from_torch(x))
     assert_trees_close(found, from_torch(swap(x)))
+
+
+OVERLAPPING = {
+    "add": lambda y: y.add_(1),
+    "items": lambda y: torch.Tensor.__setitem__(y, torch.tensor([0, 2]), 5.0),
+    "masked": lambda y: y.masked_fill_(y > 0, 5.0),
+    "triangle": lambda y: y.tril_(),
+    "strides": lambda y: y[0].as_strided((2, 2), (1, 1)).mul_(2),
+}
+
+
+@pytest.mark.parametrize("write", OVERLAPPING.values(), ids=OVERLAPPING)
+def test_writes_where_elements_share_memory_are_refused(write):
+    def fn(x):
+        y = x.clone()
+        write(y.expand(4, 3))
+        return y
+
+    with pytest.raises(torchleaf.TorchCallError, match="more than one element refers to a single memory"):
+        torchleaf.torch_function(fn, engine="xla")(jnp.ones(3))
+
+
+def test_expanded_tensors_are_filled():
+    def fn(x):
+        y = x.clone()
+        y.expand(4, 3).fill_(2).expand(1, 4, 3)[:, 1:].zero_()
+        return y + x
+
+    x = jnp.arange(3.0)
+    assert_trees_close(torchleaf.torch_function(fn, engine="xla")(x), torchleaf.torch_function(fn)(x))
