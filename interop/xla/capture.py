@@ -24,6 +24,7 @@ from . import table
 from .applied import Applied, refuse_modules
 from .constants import to_numpy
 from .dtypes import to_jax
+from .expanded import with_matrices_shared
 from .graph import Graph, Node, Ref, Value
 from .kept import in_place_of
 from .memory import Memory, flat
@@ -79,7 +80,7 @@ class Capture(Mode):
     def graph(self, outputs: Sequence[torch.Tensor]) -> Graph:
         """What was written down, as far as outputs depend on it."""
         numbers = tuple(self.memory.read(x) for x in outputs)
-        return Graph(self._values, self._constants, self._nodes, numbers).needed()
+        return with_matrices_shared(Graph(self._values, self._constants, self._nodes, numbers)).needed()
 
     # --- ops ---
 

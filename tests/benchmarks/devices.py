@@ -14,7 +14,7 @@ from pathlib import Path
 
 STEPS, REPEATS = 8, 3
 CASES = ("transformer", "resnet18")
-CONTENDERS = ("torchleaf, vmap", "torchleaf, batched", "torchleaf, shard_map", "pure JAX")
+CONTENDERS = ("torchleaf, vmap", "torchleaf, batched", "torchleaf, shard_map", "wrap-torch2jax, shard_map", "pure JAX")
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     for package in ("", *options.package):
         for case in CASES:
             for contender in CONTENDERS:
-                if contender == "pure JAX" and (package or case != "transformer"):
+                if not contender.startswith("torchleaf") and (package or (contender, case) == ("pure JAX", "resnet18")):
                     continue
                 times = [measured(contender, case, n, package) for n in (1, 2)]
                 label = f"{case}: {contender}{f' ({Path(package).name})' if package else ''}"
@@ -64,7 +64,7 @@ def milliseconds(contender: str, case: str, n: int) -> float:
         module, x = modules.transformer(4, 256, 8), torch.randn(8, 128, 256)
     else:
         module, x = modules.ResNet18(10).eval(), torch.randn(8, 3, 32, 32)
-    params, apply, by_hand = _model(contender, module)
+    params, apply, by_hand = _model(contender, module, x[: len(x) // n])
     mesh = jax.make_mesh((n,), ("data",), axis_types=(AxisType.Auto,))
     split, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
 
@@ -74,7 +74,11 @@ def milliseconds(contender: str, case: str, n: int) -> float:
     if by_hand:
         each = loss
         loss = jax.shard_map(
-            lambda p, x: jax.lax.pmean(each(p, x), "data"), mesh=mesh, in_specs=(P(), P("data")), out_specs=P()
+            lambda p, x: jax.lax.pmean(each(p, x), "data"),
+            mesh=mesh,
+            in_specs=(P(), P("data")),
+            out_specs=P(),
+            check_vma=contender.startswith("torchleaf"),  # the peer's calls do not say along which axes they vary
         )
 
     @jax.jit
@@ -96,8 +100,8 @@ def milliseconds(contender: str, case: str, n: int) -> float:
     return 1e3 * best
 
 
-def _model(contender, module):
-    """Parameters, a function of them and a batch, and whether it is for `shard_map`."""
+def _model(contender, module, part):
+    """Parameters, a function of them and a batch, and whether it is for `shard_map`; `part` is what a device has."""
     import equinox as eqx
     import jax
     import torchleaf
@@ -107,6 +111,14 @@ def _model(contender, module):
 
         params = torchleaf.to_jax(dict(module.named_parameters()), copy=True)
         return params, lambda p, x: jax.vmap(_transformer, (None, 0))(p, x), False
+    if contender == "wrap-torch2jax, shard_map":
+        import torch
+        from contenders import torch2jax  # noqa: F401, which builds its C++
+        from wrap_torch2jax import torch2jax as wrapped
+
+        params = {name: p.detach() for name, p in module.named_parameters()}
+        call = wrapped(lambda params, x: torch.func.functional_call(module, params, (x,)), params, part)
+        return torchleaf.to_jax(params, copy=True), call, True
     method = "batched" if contender == "torchleaf, batched" else "auto"
     model = torchleaf.TorchModule(module, vmap_method=method)
     by_hand = contender == "torchleaf, shard_map"

@@ -17,12 +17,8 @@ def _wide(x: Any, out: Any) -> Any:
 
 @op("relu")
 def relu(x: Any) -> Any:
-    """Its derivative at zero is zero."""
-    return jnp.where(x > 0, x, jnp.where(jnp.isnan(x), x, 0).astype(x.dtype) if _may_be_nan(x) else 0)
-
-
-def _may_be_nan(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)
+    """Its derivative at zero is zero, and NaN stays what it is."""
+    return jnp.where(x <= 0, 0, x)
 
 
 @op("hardtanh", "relu6")
