@@ -1,4 +1,4 @@
-"""The results in docs/benchmark.md, between two comments, and its charts: `page.py DIR` writes them from DIR."""
+"""The results in docs/benchmark.md, between two comments, and its charts: `page.py DIR...` writes them from runs."""
 
 import re
 import sys
@@ -24,9 +24,9 @@ SLOWER = 1.05
 Cell = Callable[[str, str], str]
 
 
-def write(directory: Path) -> None:
-    """Put the results of `directory` into the page."""
-    results = Results(directory)
+def write(*directories: Path) -> None:
+    """Put the results in `directories` into the page."""
+    results = Results(*directories)
     CHARTS.mkdir(exist_ok=True)
     for task in results.tasks:
         chart.draw(results, task, CHARTS / f"{task}.png")
@@ -113,4 +113,4 @@ def _losses(results: Results, task: str) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    write(*map(Path, sys.argv[1:]))

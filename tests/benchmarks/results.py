@@ -1,24 +1,33 @@
-"""The measurements of a run, as `run.py` leaves them in results.json."""
+"""The measurements of runs, as `run.py` leaves them in results.json."""
 
 import json
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from contenders import BASELINE
+from contenders import BASELINE, CONTENDERS
 
 FILE = "results.json"
 
 
 class Results:
-    """The measurements of a run, by case, task and contender."""
+    """The measurements of runs on one machine, by case, task and contender.
 
-    def __init__(self, directory: Path):
-        document = json.loads((directory / FILE).read_text())
-        self.machine, self.settings = document["machine"], document["settings"]
-        self._rounds = {(m["case"], m["task"], m["contender"]): m["rounds"] for m in document["measurements"]}
-        self.contenders = list(dict.fromkeys(contender for _, _, contender in self._rounds))
-        self.tasks = list(dict.fromkeys(task for _, task, _ in self._rounds))
+    Of what several runs have measured, those of the last one count, beside that run's native torch.
+    """
+
+    def __init__(self, *directories: Path):
+        self._rounds: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+        self._native: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+        for directory in directories:
+            document = json.loads((directory / FILE).read_text())
+            self.machine, self.settings = document["machine"], document["settings"]
+            found = {(m["case"], m["task"], m["contender"]): m["rounds"] for m in document["measurements"]}
+            self._rounds |= found
+            self._native |= {key: found[*key[:2], BASELINE] for key in found}
+        known = {contender for _, _, contender in self._rounds}
+        self.contenders = [contender for contender in CONTENDERS if contender in known]
+        self.tasks = sorted({task for _, task, _ in self._rounds})
 
     def cases(self, task: str) -> list[str]:
         return list(dict.fromkeys(case for case, t, _ in self._rounds if t == task))
@@ -32,15 +41,13 @@ class Results:
 
     def values(self, case: str, task: str, contender: str, field: str) -> list[float]:
         """One number per round; of `seconds`, the median of its samples."""
-        rounds = self.rounds(case, task, contender)
-        if self.error(case, task, contender) or not rounds:
-            return []
-        return [median(r[field]) if field == "seconds" else float(r[field]) for r in rounds]
+        rounds = [] if self.error(case, task, contender) else self.rounds(case, task, contender)
+        return [_value(record, field) for record in rounds]
 
     def ratios(self, case: str, task: str, contender: str) -> list[float]:
         """Of times, to native torch's, round by round."""
-        ours, native = (self.values(case, task, c, "seconds") for c in (contender, BASELINE))
-        return [a / b for a, b in zip(ours, native, strict=False) if b > 0]
+        ours, native = self.values(case, task, contender, "seconds"), self._native.get((case, task, contender), [])
+        return [a / _value(b, "seconds") for a, b in zip(ours, native, strict=False) if "error" not in b]
 
     def ratio(self, case: str, task: str, contender: str) -> float | None:
         """The median of them."""
@@ -54,3 +61,7 @@ class Results:
             for record in rounds:
                 found.setdefault(contender, record.get("versions", {}))
         return found
+
+
+def _value(record: dict[str, Any], field: str) -> float:
+    return median(record[field]) if field == "seconds" else float(record[field])
