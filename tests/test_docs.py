@@ -39,6 +39,7 @@ def page_case(page: Path) -> object:
     missing = sorted(name for name in needed if importlib.util.find_spec(name) is None)
     skip = pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
     marks = [skip, pytest.mark.filterwarnings("ignore")] if needed else []
+    marks += [pytest.mark.gallery] if page.parent.name == "gallery" else []
     return pytest.param(page, marks=marks, id=page.relative_to(ROOT).as_posix())
 
 

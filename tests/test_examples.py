@@ -112,6 +112,7 @@ GALLERY = {  # what a script needs of the packages that are not in the extra `te
 
 
 @pytest.mark.long
+@pytest.mark.gallery
 @pytest.mark.all_cases
 @pytest.mark.parametrize("script", GALLERY)
 def test_gallery(tmp_path, script):
