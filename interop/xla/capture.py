@@ -102,12 +102,18 @@ class Capture(Mode):
             return func(*args, **kwargs)
         if func in _RESIZING and self._is_unknown(args[0]):
             return self._resized(func, args, kwargs)
+        if func in _STRIDED and self._is_unknown(args[0]):
+            return self._strided(func, args, kwargs)
         if func is _CONJ:
             func = torch.ops.aten.conj_physical.default
         elif func is _NEG_VIEW:
             func = torch.ops.aten.neg.default
         name = functional_name(func)
         refuse_other_dtypes(name, func, args, kwargs)
+        if name in _OF_MEMORY and not (args[0].is_contiguous() and args[0].storage_offset() == 0):
+            raise TorchCallError(
+                f"{self._name} uses {func} of a tensor that is not contiguous. Make it `.contiguous()`."
+            )
         found = table.find(name)
         if found is None and any(map(self._is_unknown, tensors)):
             apart = self._decomposed(func, args, kwargs)
@@ -124,6 +130,18 @@ class Capture(Mode):
         if after.shape != before.shape:
             sides = [self._internal("resize", lambda x: jnp.resize(x, after.shape), (Ref(x),), after) for x in sides]
         self.memory.replace(after, sides)
+        return result
+
+    def _strided(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A view by strides, which are those of memory, in whatever order the tensor's elements lie there."""
+        source, in_place = args[0], is_inplace_view(func)
+        side = self.memory.side_of(source)
+        result = func(*args, **kwargs)
+        value = self.memory.on_side(result, side)
+        if in_place:
+            self.memory.add(result, value)
+        else:
+            self.memory.add_view(result, value, [source], detached=not torch.is_grad_enabled())
         return result
 
     def _decomposed(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -308,6 +326,9 @@ def _wanting(found: table.Op, avals: Sequence[Aval]) -> Callable[..., Any]:
 _IGNORED = {torch.ops.prim.device.default, torch.ops.aten._assert_async.msg, torch.ops.aten._assert_async.default}
 """Ops that compute nothing."""
 _FILLING = {"fill.Scalar", "fill.Tensor", "zero.default"}
+_OF_MEMORY = {"as_strided_scatter.default", "prims::as_strided_scatter.default", "as_strided_copy.default"}
+"""Which take the memory of a tensor, whatever elements of it the tensor shows."""
+_STRIDED = {torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_.default}
 _RESIZING = {torch.ops.aten.resize_.default, torch.ops.aten.resize_as_.default}
 _DETACH, _CONJ, _NEG_VIEW = (
     torch.ops.aten.detach.default,

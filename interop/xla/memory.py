@@ -107,6 +107,15 @@ class Memory:
         self._note(tensor, value, storage)
         return value
 
+    def side_of(self, tensor: torch.Tensor) -> int:
+        """Which side of its memory it is on."""
+        return self._sides.get(id(tensor), 0)
+
+    def on_side(self, tensor: torch.Tensor, side: int) -> int:
+        """The value of what a tensor shows of its memory."""
+        storage = self._storages[self._storage_of(tensor)]
+        return self._seen(storage, storage.sides[side], tensor)
+
     def read_sides(self, tensor: torch.Tensor) -> list[int]:
         """Its value on every side of its memory."""
         storage = self._storages[self._storage_of(tensor)]
@@ -180,7 +189,13 @@ class Memory:
         base = _offsets(_geometry(storage.base)).ravel()
         places = np.full(max(base.max(initial=-1), _offsets(_geometry(tensor)).max(initial=-1)) + 1, -1)
         places[base] = np.arange(base.size)
-        return np.asarray(places[_offsets(_geometry(tensor))])
+        found = np.asarray(places[_offsets(_geometry(tensor))])
+        if found.size and found.min() < 0:
+            raise TorchCallError(
+                "it has a view by strides of memory in which no tensor has been. Use a contiguous tensor before "
+                "`as_strided`, or engine='torch'."
+            )
+        return found
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:

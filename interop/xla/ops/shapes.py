@@ -11,7 +11,7 @@ from jax import lax
 
 from ..dtypes import cast
 from ..table import Size, op
-from ..windows import put, window
+from ..windows import put
 
 
 @op("view.default", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "flatten", "squeeze", "unsqueeze")
@@ -188,12 +188,6 @@ def _places(size: Sequence[int], stride: Sequence[int], offset: int | None) -> n
     for axis, (n, s) in enumerate(zip(size, stride, strict=True)):
         places = places + (np.arange(n) * s).reshape([-1 if i == axis else 1 for i in range(len(size))])
     return places
-
-
-@op("as_strided")
-def as_strided(x: Any, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> Any:
-    """Positions of contiguous memory."""
-    return window(_places(size, stride, offset), x.shape)(x)
 
 
 @op("as_strided_scatter", "prims::as_strided_scatter")

@@ -371,3 +371,44 @@ def test_an_expanded_matrix_that_is_written_into_before_is_its_new_value():
 
     x, w = jnp.linspace(-1, 1, 24).reshape(3, 2, 4), jnp.linspace(0, 1, 20).reshape(5, 4)
     assert_trees_close(torchleaf.torch_function(fn, engine="xla")(x, w), torchleaf.torch_function(fn)(x, w))
+
+
+STRIDED = {
+    "transposed": lambda y: y.t().as_strided((2, 3, 4), (2, 4, 1)),
+    "permuted and split": lambda y: y.view(2, 2, 6).transpose(0, 1).reshape(2, 2, 6).as_strided((3, 4), (3, 1)),
+    "from a place": lambda y: y[:, ::2].as_strided((3, 2), (2, 6), 6),
+    "backwards": lambda y: y.flip(0).t().as_strided((4, 4), (1, 5)),
+    "after a write": lambda y: (y.t().mul_(2), y[1:].as_strided((3, 4), (5, 1)))[1],
+    "in place": lambda y: y.t().as_strided_((4, 4), (1, 5)),
+    "written through": lambda y: (y.t().as_strided((2, 2), (1, 7)).mul_(3), y)[1],
+}
+
+
+@pytest.mark.all_cases
+@pytest.mark.parametrize("view", STRIDED.values(), ids=STRIDED)
+def test_strides_are_those_of_memory(view):
+    def fn(x):
+        return view(torch.sin(x))
+
+    x = torch.randn(4, 6, requires_grad=True)
+    expected = fn(x)
+    (expected**2).sum().backward()
+    ours = torchleaf.torch_function(fn, engine="xla", strict=True)
+    assert_trees_close(ours(from_torch(x)), from_torch(expected))
+    assert_trees_close(jax.grad(lambda x: jnp.sum(ours(x) ** 2))(from_torch(x)), from_torch(x.grad), rtol=1e-5)
+
+
+def test_memory_beyond_a_view():
+    """torch's gradient leaves out what the view does not show; here it is the derivative."""
+
+    def fn(x):
+        return torch.sin(x)[1:, 2:].as_strided((3, 4), (6, 2))
+
+    x = torch.randn(4, 6)
+    assert_trees_close(torchleaf.torch_function(fn, engine="xla", strict=True)(from_torch(x)), from_torch(fn(x)))
+
+
+def test_a_scatter_by_strides_wants_memory_in_order():
+    fn = torchleaf.torch_function(lambda x: torch.as_strided_scatter(x.t(), x[0], (3,), (1,)), engine="xla")
+    with pytest.raises(torchleaf.TorchCallError, match=r"as_strided_scatter.* not contiguous"):
+        fn(jnp.ones((3, 3)))
