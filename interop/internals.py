@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedFakeTensorException,
 )
+from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.jit._recursive import wrap_cpp_module
 from torch.nn.modules._functions import BackwardHookFunction
 from torch.utils import _pytree as torch_pytree
@@ -40,6 +41,7 @@ __all__ = [
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
+    "SingleLevelFunction",
     "TorchDispatchMode",
     "UnsupportedFakeTensorException",
     "torch_pytree",

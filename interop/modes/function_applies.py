@@ -10,8 +10,8 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch.autograd.function import _SingleLevelFunction
 
+from ..internals import SingleLevelFunction
 from ..process.switches import Switch
 
 Listener = Callable[[Any, tuple[Any, ...], dict[str, Any], Callable[..., Any]], Any]
@@ -66,19 +66,19 @@ def _hook() -> Iterator[None]:
         def run(*xs: Any, **named: Any) -> Any:
             token = _heard.set(None)
             try:
-                return super(_SingleLevelFunction, cls).apply(*xs, **named)  # pyright: ignore[reportAttributeAccessIssue]
+                return super(SingleLevelFunction, cls).apply(*xs, **named)  # pyright: ignore[reportAttributeAccessIssue]
             finally:
                 _heard.reset(token)
 
         return run(*args, **kwargs) if listener is None or is_heard else listener(cls, args, kwargs, run)
 
     torch.autograd.Function.apply = classmethod(apply)  # pyright: ignore[reportAttributeAccessIssue]
-    _SingleLevelFunction.apply = classmethod(arrived)  # pyright: ignore[reportAttributeAccessIssue]
+    SingleLevelFunction.apply = classmethod(arrived)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
         torch.autograd.Function.apply = original
-        del _SingleLevelFunction.apply  # pyright: ignore[reportAttributeAccessIssue]
+        del SingleLevelFunction.apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
 _HOOK = Switch(_hook)

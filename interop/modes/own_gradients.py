@@ -7,6 +7,7 @@ that fails for want of gradients, or that does something else where parameters h
 
 import os
 import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,6 +19,14 @@ _GETTER = torch.Tensor.requires_grad.__get__  # pyright: ignore[reportAttributeA
 _TORCH = os.path.dirname(torch.__file__)
 
 
+def is_asking(func: Any, caller: FrameType, also: str = "") -> bool:
+    """Whether a function that code outside of torch, or in a file, calls asks if a tensor requires gradients."""
+    if func != _GETTER:
+        return False
+    file = caller.f_code.co_filename
+    return file == also or not file.startswith(_TORCH)
+
+
 class Asked(FunctionMode):
     """Notes whether code outside of torch asks a tensor whether it requires gradients."""
 
@@ -26,8 +35,7 @@ class Asked(FunctionMode):
         self.asked = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == _GETTER and not sys._getframe(1).f_code.co_filename.startswith(_TORCH):
-            self.asked = True
+        self.asked |= is_asking(func, sys._getframe(1))
         return func(*args, **(kwargs or {}))
 
 

@@ -1,6 +1,5 @@
 """Hooks on gradients, which change the derivative of a callable and leave no op: whoever differentiates is told."""
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,11 +11,8 @@ from ..errors import TorchCallError
 from ..internals import BackwardHookFunction
 from ..modes.function_applies import applications_heard_by
 from ..modes.function_modes import FunctionMode
+from ..modes.own_gradients import is_asking
 from ..values.dtypes import is_inexact_tensor
-
-_GETTER = torch.Tensor.requires_grad.__get__  # pyright: ignore[reportAttributeAccessIssue]
-_TORCH = os.path.dirname(torch.__file__)
-_HOOKS_OF_MODULES = torch.utils.hooks.__file__
 
 
 class HookSearch(FunctionMode):
@@ -27,9 +23,7 @@ class HookSearch(FunctionMode):
         self.asked = self.found = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == _GETTER:
-            file = sys._getframe(1).f_code.co_filename
-            self.asked |= file == _HOOKS_OF_MODULES or not file.startswith(_TORCH)
+        self.asked |= is_asking(func, sys._getframe(1), also=torch.utils.hooks.__file__)
         self.found |= func is torch.Tensor.register_hook
         return func(*args, **(kwargs or {}))
 

@@ -83,7 +83,7 @@ class Memory:
         storage = self._storages.get(self._storage_of(tensor))
         if storage is not None:
             viewed = next((x for x in sources if self._storage_of(x) == self._storage_of(tensor)), None)
-            side = 0 if viewed is None else self._sides.get(id(viewed), 0)
+            side = 0 if viewed is None else self.side_of(viewed)
             if detached:
                 storage.sides.append(self._stop(storage.sides[side], storage.base))
                 side = len(storage.sides) - 1
@@ -103,7 +103,7 @@ class Memory:
         held = self._tensors.get(id(tensor))
         if held is not None and held.is_current(storage):
             return held.value
-        value = self._seen(storage, storage.sides[self._sides.get(id(tensor), 0)], tensor)
+        value = self._seen(storage, storage.sides[self.side_of(tensor)], tensor)
         self._note(tensor, value, storage)
         return value
 
@@ -130,7 +130,7 @@ class Memory:
         With `keeps`, without gradients, it has its old derivative: to torch's autograd it is the same as before. With
         `fills`, all its elements are the same.
         """
-        storage, own = self._storages[self._storage_of(tensor)], self._sides.get(id(tensor), 0)
+        storage, own = self._storages[self._storage_of(tensor)], self.side_of(tensor)
         new, apart = value, list[_Held]()
         if not _is_whole(storage, tensor):
             places = self._places(storage, tensor)
@@ -163,7 +163,7 @@ class Memory:
 
     def overwrite(self, tensor: torch.Tensor, value: int) -> None:
         """A tensor to which an op gave another shape has a new value."""
-        storage, own = self._storages[self._storage_of(tensor)], self._sides.get(id(tensor), 0)
+        storage, own = self._storages[self._storage_of(tensor)], self.side_of(tensor)
         sides = range(len(storage.sides))
         self.replace(tensor, [value if side == own else self._stop(value, tensor) for side in sides])
 
