@@ -190,8 +190,10 @@ def _verdict(name: str, run: str, actual: Any, point: Case, right: Any) -> dict[
         return {"not_applicable": reason} if reason else {"wrong": f"{run}: {_short(actual)}"}
     if right is None:
         return {"not_applicable": "not differentiable there"}
-    size = point.largest_slope if name == "jvp" else 0
-    difference = _difference(jax.tree.leaves(actual), right, _tolerance(name, point), size)
+    tolerance, is_double = _tolerance(name, point), _precision(point) == 8
+    size = point.largest_slope if name == "jvp" and not is_double else 0
+    least = 1e-9 if is_double else 1e-3 * tolerance
+    difference = _difference(jax.tree.leaves(actual), right, tolerance, least, size)
     return {"wrong": f"{run}: {difference}"} if difference else {}
 
 
@@ -227,12 +229,20 @@ def _failure_of_double_backward(case: Case) -> Exception | None:
 
 def _tolerance(name: str, case: Case) -> float:
     """In relation to the largest value."""
-    precision = min(x.itemsize // (1 + x.is_complex()) for x in (*case.operands, *case.outputs) if is_inexact(x))
-    return {1: 0.3, 2: 3e-2, 4: 1e-3 if name in SECOND else 1e-4, 8: 1e-4 if name in SECOND else 1e-6}[precision]
+    second = name in SECOND
+    return {1: 0.3, 2: 3e-2, 4: 1e-3 if second else 1e-4, 8: 1e-4 if second else 1e-6}[_precision(case)]
 
 
-def _difference(actual: list[jax.Array], right: list[torch.Tensor], tolerance: float, size: float = 0) -> str:
-    """What tells results from those that are right; nothing if they are, in relation to their size, or a larger one."""
+def _precision(case: Case) -> int:
+    """The bytes of its least precise number."""
+    return min(x.itemsize // (1 + x.is_complex()) for x in (*case.operands, *case.outputs) if is_inexact(x))
+
+
+def _difference(actual: list[jax.Array], right: list[torch.Tensor], tolerance: float, least: float, size: float) -> str:
+    """What tells results from those that are right; nothing if they are, but for `least`.
+
+    The tolerance is in relation to the largest of them, or to `size`, if that is larger.
+    """
     if len(actual) != len(right):
         return f"{len(actual)} results instead of {len(right)}"
     for i, (a, e) in enumerate(zip(actual, right, strict=True)):
@@ -242,7 +252,7 @@ def _difference(actual: list[jax.Array], right: list[torch.Tensor], tolerance: f
             return f"result {i} has shape {here.shape} instead of {there.shape}"
         known = np.isfinite(there)
         errors, largest = np.abs(here - there)[known], np.abs(there[known]).max(initial=size)
-        allowed = max(tolerance * largest, 1e-3 * tolerance) if is_inexact(e) else 0
+        allowed = max(tolerance * largest, least) if is_inexact(e) else 0
         if not (errors <= allowed).all():
             return f"result {i} is off by {errors.max():.2g} where the largest value is {largest:.2g}"
     return ""
