@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
@@ -10,7 +10,7 @@ import chart
 import report
 from cases import CASES
 from contenders import BASELINE
-from formatting import duration, factor, short
+from formatting import duration, factor
 from results import Results
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -20,8 +20,6 @@ BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 OURS = ("torchleaf", "torchleaf-xla")
 SLOWER = 1.05
 """What is called slower: ratios nearer to one are not told apart by a few rounds."""
-
-Cell = Callable[[str, str], str]
 
 
 def write(*directories: Path) -> None:
@@ -44,12 +42,12 @@ def _sections(results: Results) -> Iterator[str]:
         yield f"### {TITLES[task]}"
         yield f"![{TITLES[task]}: time over native torch's, by case and contender](benchmark/{task}.png)"
         yield "Time of a step over native torch's, median of the rounds (lowest to highest):"
-        yield _table(results, task, lambda case, c, task=task: _ratio(results, case, task, c), errors)
+        yield report.table(results, task, _ratio, errors)
         yield from _losses(results, task)
     for title, what in FURTHER.items():
         for task in results.tasks:
             yield f"### {TITLES[task]}: {title}"
-            yield _table(results, task, lambda case, c, task=task, what=what: what(results, case, task, c), errors)
+            yield report.table(results, task, what, errors)
     if errors:
         yield "### What does not run"
         yield "\n".join(f"{number}. {error}" for error, number in errors.items())
@@ -76,19 +74,6 @@ def _ratio(results: Results, case: str, task: str, contender: str) -> str:
     if contender == BASELINE:
         return duration(median(results.values(case, task, contender, "seconds")))
     return f"{factor(median(ratios))} ({factor(min(ratios))}-{factor(max(ratios))})"
-
-
-def _table(results: Results, task: str, cell: Cell, errors: dict[str, int]) -> str:
-    def text(case: str, contender: str) -> str:
-        error = results.error(case, task, contender)
-        if error is not None:
-            return f"[{errors.setdefault(short(error), len(errors) + 1)}]"
-        return cell(case, contender) if results.rounds(case, task, contender) else ""
-
-    lines = [f"| case | {' | '.join(results.contenders)} |", f"|---|{'---|' * len(results.contenders)}"]
-    for case in results.cases(task):
-        lines.append(f"| {CASES[case].title} | {' | '.join(text(case, c) for c in results.contenders)} |")
-    return "\n".join(lines)
 
 
 def _losses(results: Results, task: str) -> Iterator[str]:

@@ -4,9 +4,9 @@ A ratio is the median over rounds of the contender's median time over native tor
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import chart
 from cases import CASES
@@ -15,6 +15,9 @@ from formatting import duration, factor, short
 from results import Results
 
 TABLES = "results.md"
+
+Cell = Callable[[Results, str, str, str], str]
+"""Of results, a case, a task and a contender."""
 
 
 def write(directory: Path) -> None:
@@ -32,9 +35,9 @@ def tables(results: Results) -> str:
     sections = [_heading(results)]
     for task in results.tasks:
         sections += [
-            _table(results, task, f"{task}: time per call (ratio to native torch)", _time, errors),
-            _table(results, task, f"{task}: working memory of a call, MiB", memory, errors),
-            _table(results, task, f"{task}: build, trace, compile and first call", first, errors),
+            f"## {task}: time per call (ratio to native torch)\n\n{table(results, task, _time, errors)}",
+            f"## {task}: working memory of a call, MiB\n\n{table(results, task, memory, errors)}",
+            f"## {task}: build, trace, compile and first call\n\n{table(results, task, first, errors)}",
         ]
     notes = [f"{number}. {error}" for error, number in errors.items()]
     return "\n\n".join([*sections, *(["## Errors", "\n".join(notes)] if notes else [])]) + "\n"
@@ -52,7 +55,9 @@ def _heading(results: Results) -> str:
     )
 
 
-def _table(results: Results, task: str, title: str, cell: Any, errors: dict[str, int]) -> str:
+def table(results: Results, task: str, cell: Cell, errors: dict[str, int]) -> str:
+    """What a cell says of each case and contender; errors are numbered."""
+
     def text(case: str, contender: str) -> str:
         error = results.error(case, task, contender)
         if error is not None:
@@ -64,7 +69,7 @@ def _table(results: Results, task: str, title: str, cell: Any, errors: dict[str,
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    return f"## {title}\n\n" + "\n".join(lines)
+    return "\n".join(lines)
 
 
 def _time(results: Results, case: str, task: str, contender: str) -> str:
