@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .internals import opaque_to_compiler, run_by_compiler
+from .internals.compiler import opaque_to_compiler, run_by_compiler
 from .jax_calls.arguments import Arguments
 from .jax_calls.specialized import Specialized
 from .values.names import found_by_name

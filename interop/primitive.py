@@ -20,7 +20,7 @@ from .calls.handles import HANDLE
 from .calls.per_example import PerExampleVjp, over_batch
 from .calls.residuals import drop_with
 from .calls.save import Save
-from .internals import ask_for_devices, let_caches_hold_weakly, set_linearization
+from .internals.jax import ask_for_devices, let_caches_hold_weakly, set_linearization
 from .sharding import partition
 from .sharding.manual import align
 from .sharding.types import result_types

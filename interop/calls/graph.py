@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge, saved_tensors_hooks
 
-from ..internals import FUNCTION_BASE
+from ..internals.ops import FUNCTION_BASE
 from ..modes.kernels import compiling
 from ..replay.repeated import Repeated
 from ..types import Tensors

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import ForeignTensorError, RandomnessError, TorchCallError
-from ..internals import FakeTensor
+from ..internals.fake import FakeTensor
 from ..modes.aten import bound, tensors_in, written
 from ..modes.dispatch import Mode
 from ..modes.fake_run import fake_run

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import TorchCallError, quote
-from ..internals import without_transforms
+from ..internals.transforms import without_transforms
 from ..modes.host_random import host_generators_kept
 from ..replay.repeated import LARGE
 from ..values import dtypes

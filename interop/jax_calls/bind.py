@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ..internals import TRANSFORM, has_tangents, innermost_transform, is_wrapped, plain_apply, requires_grad, unwrapped
+from ..internals.ops import plain_apply, requires_grad
+from ..internals.transforms import TRANSFORM, has_tangents, innermost_transform, is_wrapped, unwrapped
 from ..process.nesting import depth_here, run_at
 from .call import JaxCall
 from .op import run_or_trace

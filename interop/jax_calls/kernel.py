@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import torch
 
-from ..internals import is_tracing, is_wrapped, view_as_array, view_as_tensor
+from ..internals.jax import is_tracing, view_as_array, view_as_tensor
+from ..internals.transforms import is_wrapped
 from ..process.nesting import depth_here
 from ..values import dtypes
 from ..values.arrays import array_to_torch, as_jax_has_it, is_aligned

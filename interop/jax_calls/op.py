@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..internals import batch_of_grads, grads_batch_level, grads_of_batch, has_dispatch_modes, is_grads_batch
+from ..internals.fake import has_dispatch_modes
+from ..internals.transforms import batch_of_grads, grads_batch_level, grads_of_batch, is_grads_batch
 from ..values import dtypes
 from .call import JaxCall
 from .kernel import run

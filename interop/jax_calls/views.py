@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import torch
 
-from ..internals import view_as_array, view_as_tensor
+from ..internals.jax import view_as_array, view_as_tensor
 
 
 class _View:

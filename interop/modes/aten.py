@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointFunction
 
-from ..internals import saved_tensor_hooks
+from ..internals.ops import saved_tensor_hooks
 
 
 def bound(op: Any, args: Any, kwargs: Any) -> dict[str, Any]:

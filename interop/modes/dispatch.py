@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ..internals import FakeTensor, OpOverload, TorchDispatchMode, lazy_bits, torch_pytree
+from ..internals.fake import FakeTensor, TorchDispatchMode
+from ..internals.ops import OpOverload, lazy_bits, torch_pytree
 from .aten import tensors_in
 from .zeros import with_memory
 

@@ -6,7 +6,10 @@ from typing import Any
 
 import torch
 
-from ..internals import FAKE_LOGGER, VMAP_FALLBACK, load_compiler, without_transforms
+from ..internals.compiler import load_compiler
+from ..internals.fake import FAKE_LOGGER
+from ..internals.switches import VMAP_FALLBACK
+from ..internals.transforms import without_transforms
 from ..process.switches import flag_off
 from ..values import dtypes
 from .autocast import neutral

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry
 
-from ..internals import torch_pytree
+from ..internals.ops import torch_pytree
 
 
 def flops_of(op: Any, args: Any, kwargs: Any, output: Any) -> float:

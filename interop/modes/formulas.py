@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..internals import BATCH_NORM, WEIGHT_NORM
+from ..internals.ops import BATCH_NORM, WEIGHT_NORM
 from .function_modes import FunctionMode
 
 Optional = torch.Tensor | None

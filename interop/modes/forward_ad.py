@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from ..internals import FORWARD_GRAD, JVP_TRANSFORM, SET_GRAD_ENABLED, transforms
+from ..internals.ops import SET_GRAD_ENABLED
+from ..internals.switches import FORWARD_GRAD
+from ..internals.transforms import JVP_TRANSFORM, transforms
 from .function_modes import FunctionMode
 
 _lock = threading.RLock()

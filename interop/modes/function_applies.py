@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..internals import SingleLevelFunction
+from ..internals.ops import SingleLevelFunction
 from ..process.switches import Switch
 
 Listener = Callable[[Any, tuple[Any, ...], dict[str, Any], Callable[..., Any]], Any]

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from ..internals import FakeTensor, transforms, without_modes
+from ..internals.fake import FakeTensor, without_modes
+from ..internals.transforms import transforms
 from ..values.memory import has_storage, storage_of
 from .aten import STATISTICS, bound, written
 from .dispatch import Mode

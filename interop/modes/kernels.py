@@ -17,7 +17,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import TorchCallError
-from ..internals import CUDNN, ONEDNN, compiler_is_loaded, in_torchscript
+from ..internals.compiler import compiler_is_loaded
+from ..internals.ops import in_torchscript
+from ..internals.switches import CUDNN, ONEDNN
 from ..process.switches import Switch, flag_off
 from . import formulas
 from .forward_ad import one_at_a_time, uses_forward_mode

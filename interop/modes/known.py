@@ -16,15 +16,14 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import flop_registry
 
-from ..internals import (
+from ..internals.fake import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
-    OpOverload,
     UnsupportedFakeTensorException,
-    throw_on_writes,
-    torch_pytree,
 )
+from ..internals.memory import throw_on_writes
+from ..internals.ops import OpOverload, torch_pytree
 from ..values.memory import is_plain, storage_of
 from .aten import bound, reads_values, tensors_in, written
 

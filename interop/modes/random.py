@@ -25,16 +25,9 @@ import numpy as np
 import torch
 
 from ..errors import RandomnessError
-from ..internals import (
-    VMAP_TRANSFORM,
-    DisableTorchFunction,
-    FakeTensor,
-    batch_of,
-    is_batched,
-    transforms,
-    unwrapped,
-    without_transforms,
-)
+from ..internals.fake import FakeTensor
+from ..internals.ops import DisableTorchFunction
+from ..internals.transforms import VMAP_TRANSFORM, batch_of, is_batched, transforms, unwrapped, without_transforms
 from .aten import bound, in_checkpoint
 from .device_random import DeviceDraws, can_draw
 from .dispatch import Mode

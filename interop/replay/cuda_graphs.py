@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..internals import copy_each
+from ..internals.memory import copy_each
 
 Replay = Callable[..., list[torch.Tensor]]
 Tensors = tuple[torch.Tensor, ...]

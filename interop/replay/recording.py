@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..internals import DisableTorchFunction, torch_pytree
+from ..internals.ops import DisableTorchFunction, torch_pytree
 from ..modes.aten import bound, reads_values, written
 from ..modes.dispatch import Mode
 from ..modes.guard import Exposure

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import quote
-from ..internals import SET_GRAD_ENABLED, ops_only
+from ..internals.ops import SET_GRAD_ENABLED, ops_only
 from .recording import Recorder
 from .replays import Code, OtherValueError, Replay, codes_of
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..internals import SET_GRAD_ENABLED, torch_pytree
+from ..internals.ops import SET_GRAD_ENABLED, torch_pytree
 from ..values.memory import memory_key
 from ..values.statics import static_key
 from .cuda_graphs import MOST_BYTES, Captured

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..internals import torch_pytree
+from ..internals.ops import torch_pytree
 from ..values.memory import fills_storage
 
 NOTHING = object()

@@ -23,7 +23,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from ..calls.call import TorchCall, graphless
 from ..calls.handles import BY_PLACE, HANDLE
-from ..internals import axes_left_to_xla, devices_of
+from ..internals.jax import axes_left_to_xla, devices_of
 from ..transport import lowering, threads
 from . import gathers
 from .batches import Axes, batches_of, part

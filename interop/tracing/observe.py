@@ -10,7 +10,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..calls.cycles import free_circular_graphs
 from ..errors import CapturedWriteError, ForeignTensorError, StateError, TorchCallError, signature_text
-from ..internals import DisableTorchFunction, FakeTensor, lacks_autograd, torch_pytree
+from ..internals.fake import FakeTensor
+from ..internals.ops import DisableTorchFunction, lacks_autograd, torch_pytree
 from ..modes import kernels
 from ..modes.aten import bound, in_checkpoint, in_reentrant_checkpoint, reads_values, tensors_in, written
 from ..modes.dispatch import Mode

@@ -10,7 +10,7 @@ import torch
 from jax.core import Tracer
 
 from ..errors import ForeignTensorError, TorchCallError
-from ..internals import without_transforms
+from ..internals.transforms import without_transforms
 from ..modes.kernels import COMPILED, NONE, compiled_code
 from ..modes.random import key_operand
 from ..types import Aval, CallOptions, Operand

@@ -22,7 +22,7 @@ from jax.interpreters import mlir
 
 from ..calls.call import TorchCall
 from ..calls.handles import BY_PLACE
-from ..internals import devices_of
+from ..internals.jax import devices_of
 from ..process.once import Once
 from ..types import Aval
 from ..values import dtypes

@@ -23,7 +23,7 @@ from ..calls.execution import execute
 from ..calls.handles import is_signed, number_in, sign
 from ..calls.residuals import discard, hand_over, in_part
 from ..errors import TorchCallError, runtime_message
-from ..internals import storage_holders
+from ..internals.memory import storage_holders
 from ..modes.autocast import without_inference
 from ..process.nesting import run_at
 from ..replay.repeated import ops_alone

@@ -9,7 +9,7 @@ import torch
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-from ..internals import FakeTensor
+from ..internals.fake import FakeTensor
 from . import dtypes
 from .gpu_memory import is_as_xlas
 from .trees import flatten_registering

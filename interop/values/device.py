@@ -8,7 +8,7 @@ import jax
 import torch
 from jax.core import Tracer
 
-from ..internals import another_cpu
+from ..internals.jax import another_cpu
 from ..process.nesting import Devices
 
 _CPU = torch.device("cpu")

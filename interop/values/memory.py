@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..internals import storage_address
+from ..internals.memory import storage_address
 
 
 def storage_of(tensor: torch.Tensor) -> int:

@@ -5,7 +5,8 @@ The check is an op like any other, which a replay repeats. On a GPU it would wai
 
 import torch
 
-from ..internals import FakeTensor, is_wrapped, unwrapped, without_transforms
+from ..internals.fake import FakeTensor
+from ..internals.transforms import is_wrapped, unwrapped, without_transforms
 
 
 def narrowed(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from jax.tree_util import GetAttrKey
 from torch.nn.utils.rnn import PackedSequence
 
-from ..internals import without_modes
+from ..internals.fake import without_modes
 
 _CHILDREN = ("data", "sorted_indices", "unsorted_indices")
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jax.tree_util import GetAttrKey, SequenceKey
 
-from ..internals import torch_pytree
+from ..internals.ops import torch_pytree
 from . import packed_sequence
 from .records import attributes, is_cache, is_record, register_record
 

@@ -14,7 +14,9 @@ import torch
 from torch.utils.checkpoint import CheckpointFunction
 
 from ..errors import TorchCallError
-from ..internals import DisableTorchFunction, FakeTensor, decomposition_of, torch_pytree, transforms, without_modes
+from ..internals.fake import FakeTensor, without_modes
+from ..internals.ops import DisableTorchFunction, decomposition_of, torch_pytree
+from ..internals.transforms import transforms
 from ..modes.aten import bound, reads_values, tensors_in
 from ..modes.dispatch import Mode
 from ..modes.known import KnownConstants

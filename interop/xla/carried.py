@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..errors import TorchCallError
-from ..internals import torch_pytree
+from ..internals.ops import torch_pytree
 from ..modes.aten import tensors_in
 from .graph import Ref, Value
 from .names import targets

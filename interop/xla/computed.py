@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import TorchCallError, quote
-from ..internals import torch_pytree
+from ..internals.ops import torch_pytree
 from ..tracing.trace import Trace
 from ..types import CallOptions
 from .dtypes import cast

@@ -8,7 +8,7 @@ import jax
 import torch
 
 from ..errors import TorchCallError
-from ..internals import BackwardHookFunction
+from ..internals.ops import BackwardHookFunction
 from ..modes.function_applies import applications_heard_by
 from ..modes.function_modes import FunctionMode
 from ..modes.own_gradients import is_asking

@@ -10,7 +10,8 @@ import jax
 import torch
 
 from ..errors import TorchCallError
-from ..internals import new_size, torch_pytree
+from ..internals.fake import new_size
+from ..internals.ops import torch_pytree
 from .decisions import Decisions
 from .expressions import number_of, provable, size_of
 from .graph import Measure

@@ -6,12 +6,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ForeignTensorError, TorchCallError, quote
-from ..internals import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    composites_in_python,
-    without_transforms,
-)
+from ..internals.fake import DataDependentOutputException, DynamicOutputShapeException
+from ..internals.ops import composites_in_python
+from ..internals.transforms import without_transforms
 from ..modes.fake_run import fake_mode
 from ..modes.kernels import plain_kernels
 from ..modes.known import KnownConstants

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ...interop.internals import SET_GRAD_ENABLED
+from ...interop.internals.ops import SET_GRAD_ENABLED
 from .subject import Subject
 
 _CUTS = {

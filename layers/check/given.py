@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jax.core import Tracer
 
-from ...interop.internals import DropoutNd
+from ...interop.internals.modules import DropoutNd
 from ...interop.types import CallOptions
 from ...interop.values import dtypes
 from ...interop.values.arrays import array_to_torch

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ...interop.internals import FakeTensor, torch_pytree
+from ...interop.internals.fake import FakeTensor
+from ...interop.internals.ops import torch_pytree
 from ...interop.modes.host_random import is_generator, is_same_state, set_state, state_of
 from ...interop.values.memory import has_storage, storage_of
 from .plain_objects import CONTAINERS, held_by, own_attributes, tensors_of

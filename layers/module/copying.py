@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from ...interop.internals import WrappedHook, without_modes
+from ...interop.internals.fake import without_modes
+from ...interop.internals.modules import WrappedHook
 from .class_cache import once_per_class
 from .parametrized import copy_class, is_parametrized
 from .references import ATOMS, COMPILED_FROM, is_filled, references

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...interop.internals import WrappedHook
+from ...interop.internals.modules import WrappedHook
 from ...interop.values.statics import static_key
 from .class_cache import once_per_class
 from .copying import is_plain

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...interop.internals import without_modes
+from ...interop.internals.fake import without_modes
 
 
 def join_weights(module: torch.nn.Module) -> torch.nn.Module:

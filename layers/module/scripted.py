@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...interop.internals import script_attributes, torch_pytree, wrap_cpp_module
+from ...interop.internals.modules import script_attributes, wrap_cpp_module
+from ...interop.internals.ops import torch_pytree
 
 if TYPE_CHECKING:
     from .copying import Copier

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torchleaf
 from torch import _C
-from torchleaf.interop import internals
+from torchleaf.interop.internals import transforms
 from torchleaf.interop.jax_calls import kernel, settings
 from torchleaf.interop.jax_calls.call import JaxCall, aval_of
 from torchleaf.interop.jax_calls.op import run_or_trace
@@ -116,9 +116,9 @@ def test_batches_of_gradients_are_of_their_own_level(levels, run):
     outer, inner = levels
     call = JaxCall(lambda x, y: [jnp.sin(x) * y], [aval_of((4,), "float32")] * 2, "product")
     x, y = torch.linspace(-1, 1, 8).view(2, 4), torch.linspace(0, 2, 12).view(3, 4)
-    given = internals.batch_of_grads(x, outer), internals.batch_of_grads(y, inner)
+    given = transforms.batch_of_grads(x, outer), transforms.batch_of_grads(y, inner)
     (found,) = run(lambda: run_or_trace(call, given))
-    found = internals.grads_of_batch(internals.grads_of_batch(found, inner), outer)
+    found = transforms.grads_of_batch(transforms.grads_of_batch(found, inner), outer)
     torch.testing.assert_close(found, torch.sin(x)[:, None] * y)
 
 

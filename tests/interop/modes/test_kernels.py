@@ -11,8 +11,8 @@ import pytest
 import torch
 from compare import assert_trees_close
 from torchleaf import TorchModule, to_jax, to_torch, torch_function
-from torchleaf.interop import internals
 from torchleaf.interop.calls.own_functions import applications
+from torchleaf.interop.internals import switches
 from torchleaf.interop.modes import fake_run
 from torchleaf.interop.modes.fake_run import fake_mode
 from torchleaf.interop.modes.function_applies import applications_heard_by
@@ -31,13 +31,13 @@ def test_flags_that_cannot_be_set(monkeypatch):
     assert (torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled) == before
 
 
-def switches():
+def states():
     """What fake runs and calls switch off in the whole process."""
     return (
         logging.getLogger("torch._subclasses.fake_tensor").disabled,
-        internals.VMAP_FALLBACK[0](),
-        internals.ONEDNN[0](),
-        internals.CUDNN[0](),
+        switches.VMAP_FALLBACK[0](),
+        switches.ONEDNN[0](),
+        switches.CUDNN[0](),
         torch.backends.mha.get_fastpath_enabled(),
         torch.autograd.Function.__dict__["apply"],
     )
@@ -45,21 +45,21 @@ def switches():
 
 def test_switches_are_on_again_after_threads_that_overlapped():
     """The first that comes is the first that goes: with what each had found, the last would leave them off for good."""
-    before, both, first_is_out = switches(), threading.Barrier(2), threading.Event()
+    before, both, first_is_out = states(), threading.Barrier(2), threading.Event()
 
     def run(is_first):
         heard = applications() if is_first else applications_heard_by(lambda cls, args, kwargs, run: run(*args))
         with fake_mode(), fake_run._STRICT_VMAP.held(), plain_kernels(), heard:
             both.wait()
-            assert switches()[:2] == (True, False)
+            assert states()[:2] == (True, False)
             if not is_first:
                 first_is_out.wait()
-                assert switches()[:2] == (True, False)
+                assert states()[:2] == (True, False)
         first_is_out.set()
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run, (True, False)))
-    assert switches() == before
+    assert states() == before
 
 
 class OnlyInTraining(torch.autograd.Function):
