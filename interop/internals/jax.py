@@ -33,6 +33,13 @@ def devices_of(axis_context: Any) -> tuple[Any, ...]:
     return ()
 
 
+def is_for_one_device(axis_context: Any) -> bool:
+    """Whether a program runs on a single device, none of several that wait for each other."""
+    if isinstance(axis_context, _jax_shardings.ShardingContext):
+        return axis_context.num_devices == 1
+    return axis_context.mesh.size == 1
+
+
 def another_cpu() -> Any:
     """A device on the CPU with a client of XLA's, and so with threads, of its own."""
     return _xla_client.make_cpu_client().local_devices()[0]

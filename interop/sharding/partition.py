@@ -33,7 +33,8 @@ from .splits import Spec, Splits, shards, spec_by, spec_of, splits_of
 def lower(ctx: mlir.LoweringRuleContext, *operands: Any, call: TorchCall, repeats: bool) -> Any:
     """MLIR lowering of one torch call: for one device as it is, for several in parts."""
     devices = devices_of(ctx.module_context.axis_context)
-    if len(devices) < 2:
+    # JAX keeps the callback of a part no longer than it lowers it, and XLA would call what is gone.
+    if len(devices) < 2 or not lowering.has_target(ctx.module_context):
         gathers.warn_within(call, axes_left_to_xla(ctx.module_context.axis_context))
         return lowering.lower(ctx, *operands, call=call, repeats=repeats)
     threads.settle()

@@ -22,7 +22,7 @@ from jax.interpreters import mlir
 
 from ..calls.call import TorchCall
 from ..calls.handles import BY_PLACE
-from ..internals.jax import devices_of
+from ..internals.jax import devices_of, is_for_one_device
 from ..process.once import Once
 from ..types import Aval
 from ..values import dtypes
@@ -52,13 +52,18 @@ def carrier(
     call.execution.prepare()
     if repeats:
         module.add_keepalive(call)
-    platforms = set(module.platforms)
-    if platforms <= _registered_platforms():
+    platforms, in_step = set(module.platforms), not is_for_one_device(module.axis_context)
+    if has_target(module):
         depth = CPUS.depth_of(devices_of(module.axis_context))
         flow = flow_of(module) if repeats and platforms & BY_PLACE and parts is None else None
-        program = program_of(call, repeats=repeats, depth=depth, flow=flow, parts=parts)
+        program = program_of(call, repeats=repeats, depth=depth, flow=flow, parts=parts, in_step=in_step)
         return functools.partial(_ffi_call, call, program)
-    return functools.partial(_host_call, call, program_of(call, repeats=repeats, parts=parts))
+    return functools.partial(_host_call, call, program_of(call, repeats=repeats, parts=parts, in_step=in_step))
+
+
+def has_target(module: Any) -> bool:
+    """Whether calls in a module go straight to torch, on each of its platforms."""
+    return set(module.platforms) <= _registered_platforms()
 
 
 class _Forks:
@@ -163,7 +168,8 @@ def _drain() -> None:
 def _warn_about_callback(platform: str) -> None:
     warnings.warn(
         f"torchleaf has no XLA FFI target for {platform} (package jax-tvm-ffi), so torch calls go through "
-        "jax.pure_callback: results are the same, every call copies its operands and results and costs more.",
+        "jax.pure_callback: results are the same, every call copies its operands and results and costs more, and in a "
+        "program for several devices one of them computes it for all.",
         stacklevel=2,
     )
 

@@ -7,6 +7,7 @@ process can never reach a callable of this one. Complex values travel as their r
 import functools
 import gc
 import itertools
+import logging
 import secrets
 import sys
 import time
@@ -34,7 +35,7 @@ from .handle_flow import HandleFlow
 
 _numbers = itertools.count(secrets.randbits(62))
 _running: list[int] = []
-_programs: "weakref.WeakKeyDictionary[TorchCall, dict[tuple[bool, int], Program]]" = weakref.WeakKeyDictionary()
+_programs: "weakref.WeakKeyDictionary[TorchCall, dict[tuple[bool, int, bool], Program]]" = weakref.WeakKeyDictionary()
 _by_number: "dict[int, Program]" = {}
 
 
@@ -45,20 +46,23 @@ def program_of(
     depth: int = 0,
     flow: HandleFlow | None = None,
     parts: tuple[int, ...] | None = None,
+    in_step: bool = False,
 ) -> "Program":
-    """The program of a call, which is part of one that `repeats` it or stands alone, at a `depth` (`nesting.py`).
+    """The program of a call, which is part of one that `repeats` it or stands alone, at a `depth` (`nesting.py`), and
+    `in_step` with those of other devices.
 
     With the `flow` of handles in one's module, a call that makes or takes one has a program of its own there; so has
     one of the `parts` into which a call is split.
     """
     if parts is not None:
-        return _enlist(call, OfPart(call, parts, repeats=repeats))
+        return _enlist(call, OfPart(call, parts, repeats=repeats, in_step=in_step))
     if flow is not None and (call.makes_handle or call.handle_operand is not None):
-        return _enlist(call, InFlow(call, flow))
+        return _enlist(call, InFlow(call, flow, in_step=in_step))
     programs = _programs.setdefault(call, {})
-    if (repeats, depth) not in programs:
-        programs[repeats, depth] = _enlist(call, Program(call, repeats=repeats, depth=depth))
-    return programs[repeats, depth]
+    kind = repeats, depth, in_step
+    if kind not in programs:
+        programs[kind] = _enlist(call, Program(call, repeats=repeats, depth=depth, in_step=in_step))
+    return programs[kind]
 
 
 def _enlist(call: TorchCall, program: "Program") -> "Program":
@@ -86,7 +90,7 @@ def run_program(number: int, *buffers: torch.Tensor) -> None:
     finally:
         _running.remove(number)
     if failure is not None:
-        raise TorchCallError(failure)
+        program.fail(failure, buffers)
 
 
 def uses_captured_tensors(number: int) -> bool:
@@ -106,14 +110,19 @@ def wait_until_idle() -> None:
 
 
 _MOMENT = 0.02  # seconds
+_log = logging.getLogger("torchleaf")
+_IN_STEP = (
+    "That was on one device of a program for several. The others wait for its results, so it went on with NaN in their "
+    "place (integers as large as they get, bools true)."
+)
 
 
 class Program:
     """How a call reads operand buffers and writes result buffers; it does not keep the call alive."""
 
-    def __init__(self, call: TorchCall, *, repeats: bool, depth: int = 0):
+    def __init__(self, call: TorchCall, *, repeats: bool, depth: int = 0, in_step: bool = False):
         self.number, self.call, self._repeats = next(_numbers), weakref.ref(call), repeats
-        self._depth = depth
+        self._depth, self._in_step = depth, in_step
         self._in_parts = [is_complex(aval) for aval in call.in_avals]
         self._n_buffers = len(self._in_parts) + sum(self._in_parts)
         self._makes_handle = call.makes_handle
@@ -127,6 +136,17 @@ class Program:
         except BaseException as exc:  # every exception of the user's code must cross XLA, SystemExit too
             return runtime_message(call.base.name, call.base.signature, exc)
         return None
+
+    def fail(self, failure: str, buffers: Tensors) -> None:
+        """Raise the error of a run. Where other devices would then wait for this one until XLA ends the process, it
+        goes on in step, with NaN, and the error is logged."""
+        if not self._in_step:
+            raise TorchCallError(failure)
+        _log.error("%s\n\n%s", failure, _IN_STEP)
+        n_results = sum(1 + has_parts for _, has_parts in self._outs) + self._makes_handle
+        for result in buffers[len(buffers) - n_results :]:
+            is_inexact = result.is_floating_point() or result.is_complex()
+            result.fill_(torch.nan if is_inexact else result.dtype == torch.bool or torch.iinfo(result.dtype).max)
 
     def run(self, call: TorchCall, buffers: Tensors) -> None:
         """Run the call on its operands and write what torch returned into XLA's result buffers."""
@@ -191,8 +211,8 @@ class OfPart(Program):
     """The program of a call that makes or takes a handle, on one of the parts into which its batches are split; one
     more operand says which: int32[]."""
 
-    def __init__(self, call: TorchCall, parts: tuple[int, ...], *, repeats: bool):
-        super().__init__(call, repeats=repeats)
+    def __init__(self, call: TorchCall, parts: tuple[int, ...], *, repeats: bool, in_step: bool):
+        super().__init__(call, repeats=repeats, in_step=in_step)
         self._parts = parts
 
     def run(self, call: TorchCall, buffers: Tensors) -> None:
@@ -205,8 +225,8 @@ class InFlow(Program):
     """The program of a call that makes or takes a handle on a GPU: it does without a graph unless the handle goes
     straight from one to the other, as the first runs have to show."""
 
-    def __init__(self, call: TorchCall, flow: HandleFlow):
-        super().__init__(call, repeats=True)
+    def __init__(self, call: TorchCall, flow: HandleFlow, *, in_step: bool):
+        super().__init__(call, repeats=True, in_step=in_step)
         graphless_call, kept = graphless(call)
         graphless_call.execution.prepare()
         self._graphless = Program(graphless_call, repeats=True)
