@@ -57,6 +57,8 @@ class Failure:
     kind: type[Exception]
     words: str
     op: Any
+    is_question: bool
+    """Whether the op was to give Python a bool."""
 
     @property
     def reads_values(self) -> bool:
@@ -67,6 +69,12 @@ class Failure:
     def makes_shapes(self) -> bool:
         """Whether values decide about the shape of what the op makes."""
         return issubclass(self.kind, DynamicOutputShapeException)
+
+
+def _is_question(op: Any, args: Any) -> bool:
+    if op is _aten._local_scalar_dense.default:
+        return args[0].dtype is torch.bool
+    return reads_values(op) and str(op._schema.returns[0].type) == "bool"
 
 
 class KnownConstants(FakeTensorMode):
@@ -80,7 +88,9 @@ class KnownConstants(FakeTensorMode):
 
     def __init__(self, answers: Sequence[Any] = (), sizes: Any = None) -> None:
         super().__init__(allow_non_fake_inputs=True, shape_env=sizes)
-        self._answers, self._n_reads = answers, 0
+        self._answers = answers
+        self.reads: list[Any] = []
+        """The values that ops gave to Python so far."""
         self.failure: Failure | None = None
         """The first one: what the callable, or torch's interpreter, makes of it tells less."""
         self.read_captured = False
@@ -108,22 +118,29 @@ class KnownConstants(FakeTensorMode):
             if not isinstance(func, OpOverload):
                 return self._higher_order(func, types, args, kwargs)
             tensors = list(tensors_in(*args, *kwargs.values()))
-            answer = self._answer() if self._answers and reads_values(func) else None
-            if answer is not None and not all(map(self.is_known, tensors)):
-                return answer
+            if reads_values(func):
+                return self._read(func, types, args, kwargs)
             if all(map(self.is_known, tensors)) and self._is_computed(func, tensors, args, kwargs):
                 return self._compute(func, tensors, args, kwargs)
             if self._is_shaped_by_constants(func, args, kwargs):
                 return self._shape(func, args, kwargs)
             return self._fake(func, types, args, kwargs)
         except Exception as exc:
-            self.failure = self.failure or Failure(type(exc), str(exc), func)
+            self.failure = self.failure or Failure(type(exc), str(exc), func, _is_question(func, args))
             raise
 
-    def _answer(self) -> Any:
-        """What the other run read here."""
-        self._n_reads += 1
-        return self._answers[self._n_reads - 1] if self._n_reads <= len(self._answers) else None
+    def _read(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        """What an op gives to Python: by its operands, if they are known, or else what the other run read here."""
+        tensors, n = list(tensors_in(*args, *kwargs.values())), len(self.reads)
+        is_known = all(map(self.is_known, tensors))
+        if is_known and self._is_computed(func, tensors, args, kwargs):
+            value = self._compute(func, tensors, args, kwargs)
+        elif not is_known and n < len(self._answers):
+            value = self._answers[n]
+        else:
+            value = self._fake(func, types, args, kwargs)
+        self.reads.append(value)
+        return value
 
     # --- constants ---
 

@@ -81,11 +81,17 @@ def traceable(target: Target, arguments: Arguments, key: Any, device: torch.devi
     )
 
 
-def trace_of(target: Target, traced: Traceable, out_shape: Any, examples: Callable[[], Iterable[Example]]) -> Trace:
-    """What a target does."""
+def trace_of(
+    target: Target,
+    traced: Traceable,
+    out_shape: Any,
+    examples: Callable[[], Iterable[Example]],
+    answers: Sequence[Any] = (),
+) -> Trace:
+    """What a target does; where it reads values of fake tensors, with these `answers`."""
     try:
         with without_transforms():  # torch.func may have called JAX, which calls torch
-            return trace(traced, out_shape=out_shape, examples=examples)
+            return trace(traced, out_shape=out_shape, examples=examples, answers=answers)
     except ForeignTensorError as exc:
         raise target.explained(exc) from exc
 

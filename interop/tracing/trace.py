@@ -51,9 +51,14 @@ class Trace(Observation):
         return jax.tree.unflatten(self.treedef, leaves), dict(zip(self.state, feed, strict=True))
 
 
-def trace(traced: Traceable, *, out_shape: Any, examples: Callable[[], Iterable[Example]]) -> Trace:
-    """Trace a callable: on fake tensors, or else on `examples()`, or by the caller's `out_shape`."""
-    (found, mode, failure), drawn = drawn_from(lambda: _on_fake(traced))
+def trace(
+    traced: Traceable, *, out_shape: Any, examples: Callable[[], Iterable[Example]], answers: Sequence[Any] = ()
+) -> Trace:
+    """Trace a callable: on fake tensors, or else on `examples()`, or by the caller's `out_shape`.
+
+    With `answers`, what it reads of fake tensors is what is said there.
+    """
+    (found, mode, failure), drawn = drawn_from(lambda: on_fake(traced, answers=answers))
     first = mode.failure
     if found is not None and drawn:
         several = _on_other_numbers(traced, out_shape, _with_draws(traced, found, drawn))
@@ -65,7 +70,7 @@ def trace(traced: Traceable, *, out_shape: Any, examples: Callable[[], Iterable[
         compare(declared(out_shape), found.output, traced.name)
     grad_mode = True
     if "recurrent" in found.fused_kernels:  # oneDNN's are faster where no gradients are recorded
-        grad_mode = not _is_same_without_gradients(traced, found)
+        grad_mode = not _is_same_without_gradients(traced, found, answers)
     steady = found.checkpoints == "none" and (not found.random or can_draw(traced.device))
     return _traced(found, watched=mode.read_captured, grad_mode=grad_mode, steady=steady)
 
@@ -81,7 +86,8 @@ Fake = tuple[Observation | None, KnownConstants, Exception | None]
 """What fake tensors show, their mode, and what was raised."""
 
 
-def _on_fake(traced: Traceable, *, grad_mode: bool = True, answers: Sequence[Any] = ()) -> Fake:
+def on_fake(traced: Traceable, *, grad_mode: bool = True, answers: Sequence[Any] = ()) -> Fake:
+    """Run a callable on fake tensors. What it reads of them is what `answers` say, in their order."""
     with fake_mode(answers) as mode:
         try:
             operands = [torch.empty(shape, dtype=dtype, device=traced.device) for shape, dtype in traced.specs]
@@ -105,7 +111,7 @@ def _on_other_numbers(traced: Traceable, out_shape: Any, found: Observation) -> 
     every = [found]
     for seed in range(_SEEDS):
         with host_generators_seeded((seed,)):
-            other, *_ = _on_fake(traced)
+            other, *_ = on_fake(traced)
         if other is None:
             return None
         every.append(other)
@@ -121,10 +127,10 @@ def _on_other_numbers(traced: Traceable, out_shape: Any, found: Observation) -> 
 _SEEDS = 4
 
 
-def _is_same_without_gradients(traced: Traceable, found: Observation) -> bool:
+def _is_same_without_gradients(traced: Traceable, found: Observation, answers: Sequence[Any]) -> bool:
     """Whether the callable does the same in torch's no_grad mode, as far as a trace tells."""
     try:
-        other, _, _ = _on_fake(traced, grad_mode=False)
+        other, _, _ = on_fake(traced, grad_mode=False, answers=answers)
     except TorchCallError:
         return False
     return other is not None and _apart_from_flops(other) == _apart_from_flops(found)
@@ -166,7 +172,7 @@ def _goes_on_with(traced: Traceable, reads: Sequence[Any]) -> bool:
     if not 0 < len(reads) < _MOST_READS:
         return False
     try:
-        found, *_ = _on_fake(traced, answers=reads)
+        found, *_ = on_fake(traced, answers=reads)
     except TorchCallError:
         return False
     return found is not None

@@ -5,7 +5,8 @@ are ops like others. An op that the table lacks is taken apart by torch's own de
 carried by torch. What follows from constants alone is computed (`known.py`), and is a constant of the graph.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -26,12 +27,14 @@ from . import table
 from .applied import Applied, refuse_modules
 from .constants import to_numpy
 from .dtypes import to_jax
-from .expanded import with_matrices_shared
-from .graph import Graph, Node, Ref, Value
+from .geometries import RESIZING, STRIDED, resized, strided
+from .graph import Check, Graph, Node, Ref, Value
 from .kept import in_place_of
 from .memory import Memory, flat
 from .names import functional_name, is_inplace_view, out_names, targets
+from .products import with_plain_matrices
 from .same_dtypes import refuse_other_dtypes
+from .value_checks import statement
 from .windows import Places, Strided, put, window
 
 if TYPE_CHECKING:
@@ -51,6 +54,7 @@ class Capture(Mode):
     - `known`: the mode of the fake tensors.
     - `carry`: makes a function of JAX arrays of an op that torch is to compute.
     - `sizes`: those that are not known; None if all are.
+    - `errors`: what the callable raises for other values than those that it is told, by the positions of these.
     """
 
     def __init__(
@@ -61,13 +65,15 @@ class Capture(Mode):
         known: KnownConstants,
         carry: Carry,
         sizes: "Sizes | None" = None,
+        errors: Mapping[int, str] = MappingProxyType({}),
     ):
         super().__init__()
-        self._name, self._known, self._carry, self._sizes = name, known, carry, sizes
+        self._name, self._known, self._carry, self._sizes, self._errors = name, known, carry, sizes, errors
         self._paused = False  # within a `torch.autograd.Function`
         self._records = False  # whether torch's autograd does, because code takes gradients
         self._values: list[Value] = []
         self._nodes: list[Node] = []
+        self._checks: list[Check] = []
         self._constants: dict[int, Any] = {}
         self._made_of: dict[Any, int] = {}
         self._kept: list[torch.Tensor] = []
@@ -82,7 +88,8 @@ class Capture(Mode):
     def graph(self, outputs: Sequence[torch.Tensor]) -> Graph:
         """What was written down, as far as outputs depend on it."""
         numbers = tuple(self.memory.read(x) for x in outputs)
-        return with_matrices_shared(Graph(self._values, self._constants, self._nodes, numbers)).needed()
+        graph = Graph(self._values, self._constants, self._nodes, numbers, self._checks)
+        return with_plain_matrices(graph).needed()
 
     # --- ops ---
 
@@ -100,12 +107,15 @@ class Capture(Mode):
     def _op(self, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = list(tensors_in(*args, *kwargs.values()))
         self._records |= any(x.requires_grad for x in tensors if self._is_unknown(x))
-        if func in _IGNORED or (reads_values(func) and not any(map(self._is_unknown, tensors))):
+        if func in _IGNORED:
             return func(*args, **kwargs)
-        if func in _RESIZING and self._is_unknown(args[0]):
-            return self._resized(func, args, kwargs)
-        if func in _STRIDED and self._is_unknown(args[0]):
-            return self._strided(func, args, kwargs)
+        if reads_values(func) or func in _ASSERTING:
+            is_known = not any(map(self._is_unknown, tensors))
+            return func(*args, **kwargs) if is_known else self._answered(func, args, kwargs)
+        if func in RESIZING and self._is_unknown(args[0]):
+            return resized(self.memory, self._internal, func, args, kwargs)
+        if func in STRIDED and self._is_unknown(args[0]):
+            return strided(self.memory, func, args, kwargs)
         if func is _CONJ:
             func = torch.ops.aten.conj_physical.default
         elif func is _NEG_VIEW:
@@ -123,28 +133,17 @@ class Capture(Mode):
                 return apart
         return self._recorded(func, args, kwargs, found)
 
-    def _resized(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """A tensor in another shape over the same memory, which grows if need be; by what, torch leaves open."""
-        before = flat(args[0])
-        sides = self.memory.read_sides(before)
-        result = func(*args, **kwargs)
-        after = flat(args[0])
-        if after.shape != before.shape:
-            sides = [self._internal("resize", lambda x: jnp.resize(x, after.shape), (Ref(x),), after) for x in sides]
-        self.memory.replace(after, sides)
-        return result
-
-    def _strided(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """A view by strides, which are those of memory, in whatever order the tensor's elements lie there."""
-        source, in_place = args[0], is_inplace_view(func)
-        side = self.memory.side_of(source)
-        result = func(*args, **kwargs)
-        value = self.memory.on_side(result, side)
-        if in_place:
-            self.memory.add(result, value)
-        else:
-            self.memory.add_view(result, value, [source], detached=not torch.is_grad_enabled())
-        return result
+    def _answered(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an op gives to Python, which is assumed, or that it raises no error: a check of the graph."""
+        position, reads, name = len(self._known.reads), reads_values(func), functional_name(func)
+        question = statement(name)
+        refs = self._with_refs((args, kwargs), func)
+        answer = func(*args, **kwargs)  # raises where nothing is assumed
+        assert question is not None, func
+        value = self._new(Aval((), jnp.bool_), torch.bool)
+        self._nodes.append(Node(name, question, *refs, (value,), stops=True))
+        self._checks.append(Check(value, answer is not False, self._errors[position] if reads else _asserted(*args)))
+        return answer
 
     def _decomposed(self, func: Any, args: Any, kwargs: Any) -> Any:
         decomposition = decomposition_of(func)
@@ -325,13 +324,17 @@ def _wanting(found: table.Op, avals: Sequence[Aval]) -> Callable[..., Any]:
     return function
 
 
-_IGNORED = {torch.ops.prim.device.default, torch.ops.aten._assert_async.msg, torch.ops.aten._assert_async.default}
+def _asserted(_: Any, message: str = "Expected Tensor with single nonzero value, but got zero") -> str:
+    return f"RuntimeError: {message}"
+
+
+_IGNORED = {torch.ops.prim.device.default}
 """Ops that compute nothing."""
+_ASSERTING = {torch.ops.aten._assert_async.msg, torch.ops.aten._assert_async.default}
+"""Ops that raise an error by a value."""
 _FILLING = {"fill.Scalar", "fill.Tensor", "zero.default"}
 _OF_MEMORY = {"as_strided_scatter.default", "prims::as_strided_scatter.default", "as_strided_copy.default"}
 """Which take the memory of a tensor, whatever elements of it the tensor shows."""
-_STRIDED = {torch.ops.aten.as_strided.default, torch.ops.aten.as_strided_.default}
-_RESIZING = {torch.ops.aten.resize_.default, torch.ops.aten.resize_as_.default}
 _DETACH, _CONJ, _NEG_VIEW = (
     torch.ops.aten.detach.default,
     torch.ops.aten._conj.default,

@@ -14,6 +14,7 @@ from .dtypes import cast
 from .gradient_hooks import without_derivative
 from .graph import Graph, Measure, Node, Ref
 from .shared_state import new_state
+from .value_checks import enforced
 
 
 class Computed:
@@ -40,6 +41,7 @@ class Computed:
         no_derivative: str | None = None,
     ):
         self._name, self.graph, self.found, self._operands = name, graph, found, operands
+        self._strict = options.strict
         self._given = (lambda x: x) if no_derivative is None else without_derivative(f"{name} {no_derivative}")
 
         def run(*operands: Any) -> list[Any]:
@@ -58,6 +60,7 @@ class Computed:
                 more, n_drawn = {"key": None if key is None else jax.random.fold_in(key, n_drawn)}, n_drawn + 1
             self._compute(node, env, more)
         results, state = [jnp.asarray(env[i]) for i in self.graph.outputs], self.found.state
+        results = enforced(self._name, self.graph.checks, env, results, raises=not self._strict)
         n_outputs, names = len(results) - len(state), [self._operands[i] for i in state]
         new = new_state(self._name, names, [operands[i] for i in state], results[n_outputs:])
         return [*results[:n_outputs], *new]

@@ -1,7 +1,7 @@
 """The ops of a torch callable, in order, as functions of numbered values."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,6 +60,18 @@ class Node:
 
 
 @dataclass(frozen=True)
+class Check:
+    """What a callable raises an error by."""
+
+    value: int
+    """The number of a bool."""
+    passes: bool
+    """What it is where there is no error."""
+    error: str
+    """What is raised where it is not."""
+
+
+@dataclass(frozen=True)
 class Graph:
     """Ops that make the outputs out of the operands, which have the first numbers, and of constants."""
 
@@ -67,16 +79,18 @@ class Graph:
     constants: Mapping[int, Any]
     nodes: Sequence[Node]
     outputs: tuple[int, ...]
+    checks: Sequence[Check] = ()
+    """In the order in which the callable makes them."""
 
     def needed(self) -> "Graph":
-        """The same without what no output depends on."""
-        live, nodes = set(self.outputs), []
+        """The same without what no output and no check depends on."""
+        live, nodes = {*self.outputs, *(check.value for check in self.checks)}, []
         for node in reversed(self.nodes):
             if live.intersection(node.outs):
                 live.update(node.reads())
                 nodes.append(node)
         constants = {number: x for number, x in self.constants.items() if number in live}
-        return Graph(self.values, constants, nodes[::-1], self.outputs)
+        return replace(self, constants=constants, nodes=nodes[::-1])
 
     @property
     def has_known_sizes(self) -> bool:

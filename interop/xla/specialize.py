@@ -1,5 +1,6 @@
 """A target at one signature: traced as for the other engine, then captured, and made a JAX function."""
 
+import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,13 @@ from ..internals.fake import DataDependentOutputException, DynamicOutputShapeExc
 from ..internals.ops import composites_in_python
 from ..internals.transforms import without_transforms
 from ..modes.fake_run import fake_mode
+from ..modes.host_random import host_generators_kept
 from ..modes.kernels import plain_kernels
 from ..modes.known import KnownConstants
 from ..tracing.arguments import Arguments
 from ..tracing.specialize import trace_of, traceable
 from ..tracing.target import Target
-from ..tracing.trace import Trace, failed
+from ..tracing.trace import Trace, failed, on_fake
 from ..tracing.traceable import Flat, Traceable
 from ..types import Aval, CallOptions
 from ..values.dtypes import is_inexact_tensor
@@ -28,6 +30,7 @@ from .graph import Graph
 from .lines import line_of
 from .same_dtypes import DtypesDiffer
 from .user_code import heard
+from .value_checks import Assumptions, assumptions
 
 if TYPE_CHECKING:
     from .sizes import Sizes  # which loads more of torch, where it is needed
@@ -60,7 +63,7 @@ def specialize(
     given = traceable(target, arguments, key, device, explores=False)
     traced = given if key is None else given.without_key()
     sizes = _sizes_of(traced)
-    found = _found(target, given, options) if sizes is None else _found_by_example(target, given, sizes)
+    found, assumed = _found(target, given, options) if sizes is None else _found_by_example(target, given, sizes)
     if found.host_random:
         raise TorchCallError(
             f"{target.name} draws from {' and '.join(sorted(found.host_random))}, whose numbers would be the same in "
@@ -71,21 +74,36 @@ def specialize(
     carrier = Carrier(torch_function, target.name, strict=options.strict, has_sizes=sizes is not None)
     search = HookSearch()
     with search:
-        graph = _captured(run, traced, found, carrier, sizes)
+        graph = _captured(run, traced, found, carrier, sizes, assumed)
     if search.asked and not search.found:
-        _search_with_gradients(search, run, traced, sizes)
+        _search_with_gradients(search, run, traced, sizes, assumed)
     operands, refusal = [x.name for x in traced.operands], HOOKS if search.found else None
     refusal = REENTRANT if found.checkpoints == "reentrant" else refusal
     return Computed(target.name, graph, found, options, operands, no_derivative=refusal)
 
 
-def _found(target: Target, given: Traceable, options: CallOptions) -> Trace:
+def _found(target: Target, given: Traceable, options: CallOptions) -> tuple[Trace, Assumptions]:
+    """What a target does, where it raises no error by values."""
     try:
-        return trace_of(target, given, options.out_shape, tuple)
+        found = trace_of(target, given, options.out_shape, tuple)
+        assumed = Assumptions() if found.fakeable else _assumptions(given)
+        if not assumed.answers:
+            return found, assumed
     except TorchCallError as exc:
         if isinstance(exc.__cause__, ForeignTensorError):
             raise
+        assumed = _assumptions(given)
+        if not assumed.answers:
+            raise (_explained(given, exc.__cause__) or exc) from exc.__cause__
+    try:
+        return trace_of(target, given, options.out_shape, tuple, assumed.answers), assumed
+    except TorchCallError as exc:
         raise (_explained(given, exc.__cause__) or exc) from exc.__cause__
+
+
+def _assumptions(given: Traceable) -> Assumptions:
+    with without_transforms(), host_generators_kept():
+        return assumptions(lambda answers: on_fake(given, answers=answers))
 
 
 def _sizes_of(traced: Traceable) -> "Sizes | None":
@@ -98,7 +116,7 @@ def _sizes_of(traced: Traceable) -> "Sizes | None":
     return Sizes(traced.name, shapes)
 
 
-def _found_by_example(target: Target, given: Traceable, sizes: "Sizes") -> Trace:
+def _found_by_example(target: Target, given: Traceable, sizes: "Sizes") -> tuple[Trace, Assumptions]:
     """What a target does at sizes that are made up: all but shapes is the same at others."""
     operands = [replace(x, aval=Aval(sizes.in_example(x.aval.shape), x.aval.dtype)) for x in given.operands]
     try:
@@ -112,14 +130,14 @@ _COMPOSED = frozenset({"attention", "recurrent", "linear cross entropy"})
 """Kernels whose parts are captured. The last one computes what it needs for a gradient if it is asked for one."""
 
 
-def _captured(run: Flat, traced: Traceable, found: Trace, carrier: Carrier, sizes: "Sizes | None") -> Graph:
+def _captured(
+    run: Flat, traced: Traceable, found: Trace, carrier: Carrier, sizes: "Sizes | None", assumed: Assumptions
+) -> Graph:
     env = None if sizes is None else sizes.env
-    with without_transforms(), fake_mode(sizes=env) as mode, plain_kernels(_COMPOSED):
+    with without_transforms(), fake_mode(assumed.answers, env) as mode, plain_kernels(_COMPOSED):
         try:
-            if sizes is None:
-                return _capture(run, traced, found, mode, carrier)
-            with composites_in_python():
-                return _capture(run, traced, found, mode, carrier, sizes)
+            with contextlib.nullcontext() if sizes is None else composites_in_python():
+                return _capture(run, traced, found, mode, carrier, sizes, assumed)
         except TorchCallError:
             raise
         except DtypesDiffer as exc:
@@ -133,7 +151,13 @@ def _captured(run: Flat, traced: Traceable, found: Trace, carrier: Carrier, size
 
 
 def _capture(
-    run: Flat, traced: Traceable, found: Trace, mode: KnownConstants, carrier: Carrier, sizes: "Sizes | None" = None
+    run: Flat,
+    traced: Traceable,
+    found: Trace,
+    mode: KnownConstants,
+    carrier: Carrier,
+    sizes: "Sizes | None",
+    assumed: Assumptions,
 ) -> Graph:
     shapes = [shape if sizes is None else sizes.in_torch(shape) for shape, _ in traced.specs]
     dtypes = [dtype for _, dtype in traced.specs]
@@ -141,7 +165,7 @@ def _capture(
     for i in traced.trainable if found.differentiates else ():
         operands[i].requires_grad_(is_inexact_tensor(operands[i]))
     avals = [Aval(x.aval.shape, x.aval.dtype) for x in traced.operands]
-    capture = Capture(traced.name, operands, avals, mode, carrier, sizes)
+    capture = Capture(traced.name, operands, avals, mode, carrier, sizes, assumed.errors)
     with torch.enable_grad(), capture, heard(capture):
         output, state = run(*operands)
     leaves, _ = flatten_registering(output, every_record=True)
@@ -151,8 +175,10 @@ def _capture(
     return capture.graph(outs)
 
 
-def _search_with_gradients(search: HookSearch, run: Flat, traced: Traceable, sizes: "Sizes | None") -> None:
-    with without_transforms(), fake_mode(), plain_kernels(_COMPOSED):
+def _search_with_gradients(
+    search: HookSearch, run: Flat, traced: Traceable, sizes: "Sizes | None", assumed: Assumptions
+) -> None:
+    with without_transforms(), fake_mode(assumed.answers), plain_kernels(_COMPOSED):
         shapes = [shape if sizes is None else sizes.in_example(shape) for shape, _ in traced.specs]
         dtypes = [dtype for _, dtype in traced.specs]
         given = [torch.empty(s, dtype=d, device=traced.device) for s, d in zip(shapes, dtypes, strict=True)]

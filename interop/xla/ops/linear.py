@@ -12,28 +12,39 @@ from .elementwise import absolute
 from .reductions import root
 
 
-def _product(x: Any, y: Any) -> Any:
-    """`x @ y`; half precision is summed in single, and integers in their own dtype."""
+def product(x: Any, y: Any, *, is_transposed: bool = False) -> Any:
+    """`x @ y`; half precision is summed in single, and integers in their own dtype.
+
+    With `is_transposed`, y is a matrix, or a batch of matrices, whose last two axes are to be exchanged.
+    """
     dtype = jnp.promote_types(x.dtype, y.dtype)
-    return jnp.matmul(cast(x, dtype), cast(y, dtype), preferred_element_type=opmath(dtype))
+    x, y, wide = cast(x, dtype), cast(y, dtype), opmath(dtype)
+    if not is_transposed:
+        return jnp.matmul(x, y, preferred_element_type=wide)
+    y = y[0] if y.ndim > 2 and y.shape[0] == 1 else y
+    if y.ndim > 2 and x.shape[:-2] != y.shape[:-2]:
+        return jnp.matmul(x, jnp.swapaxes(y, -1, -2), preferred_element_type=wide)
+    batch = tuple(range(y.ndim - 2))
+    contracted = (x.ndim - 1,), (y.ndim - 1,)
+    return lax.dot_general(x, y, (contracted, (batch, batch)), preferred_element_type=wide)
 
 
 @op("mm", "bmm", "matmul", "mv", "dot")
-def matmul(x: Any, y: Any) -> Any:
+def matmul(x: Any, y: Any, *, is_transposed: bool = False) -> Any:
     """The product of matrices, batches of them, and vectors."""
-    return _product(x, y)
+    return product(x, y, is_transposed=is_transposed)
 
 
 @op("vdot")
 def vdot(x: Any, y: Any) -> Any:
     """The inner product, the first vector conjugated."""
-    return _product(jnp.conj(x), y)
+    return product(jnp.conj(x), y)
 
 
 @op("linear")
 def linear(x: Any, weight: Any, bias: Any = None) -> Any:
     """`x @ weight.T + bias`."""
-    result = _product(x, weight.T)
+    result = product(x, weight, is_transposed=weight.ndim == 2)
     return result if bias is None else result + bias
 
 
@@ -45,15 +56,15 @@ def _sum(x: Any, product: Any, beta: Number, alpha: Number) -> Any:
 
 
 @op("addmm", "addmv", "baddbmm")
-def addmm(x: Any, a: Any, b: Any, *, beta: Number = 1, alpha: Number = 1) -> Any:
+def addmm(x: Any, a: Any, b: Any, *, beta: Number = 1, alpha: Number = 1, is_transposed: bool = False) -> Any:
     """`beta * x + alpha * (a @ b)`."""
-    return _sum(x, _product(a, b), beta, alpha)
+    return _sum(x, product(a, b, is_transposed=is_transposed), beta, alpha)
 
 
 @op("addbmm")
 def addbmm(x: Any, a: Any, b: Any, *, beta: Number = 1, alpha: Number = 1) -> Any:
     """The same with the products of a batch summed."""
-    return _sum(x, jnp.sum(_product(a, b), 0), beta, alpha)
+    return _sum(x, jnp.sum(product(a, b), 0), beta, alpha)
 
 
 @op("addr")

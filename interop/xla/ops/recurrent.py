@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..table import op
+from .linear import product
 
 Cell = Callable[[Any, tuple[Any, ...], Sequence[Any]], tuple[tuple[Any, ...], Any]]
 """From what the input contributes, the state and the recurrent weights to the next state and the output."""
@@ -55,7 +56,8 @@ def _plain(activation: Callable[[Any], Any]) -> Cell:
 
 
 def _affine(x: Any, weight: Any, bias: Any) -> Any:
-    return x @ weight.T if bias is None else x @ weight.T + bias
+    result = product(x, weight, is_transposed=True)
+    return result if bias is None else result + bias
 
 
 def _relu(x: Any) -> Any:

@@ -47,13 +47,13 @@ def prod(x: Any, dim: int | None = None, keepdim: bool = False, *, dtype: Any = 
     return jnp.prod(cast(x, opmath(out.dtype)), axes_of(x, dim), keepdims=keepdim)
 
 
-@op("any")
+@op("any", "_is_any_true")
 def anything(x: Any, dim: Axes = None, keepdim: bool = False) -> Any:
     """Whether one is not zero."""
     return jnp.any(x != 0, axes_of(x, dim), keepdims=keepdim)
 
 
-@op("all")
+@op("all", "_is_all_true")
 def everything(x: Any, dim: Axes = None, keepdim: bool = False) -> Any:
     """Whether none is zero."""
     return jnp.all(x != 0, axes_of(x, dim), keepdims=keepdim)
