@@ -48,7 +48,8 @@ class Computed:
             return self._run(operands)
 
         run.__name__ = run.__qualname__ = name
-        self.program = jax.jit(jax.checkpoint(run) if options.residuals == "recompute" else run)
+        # Inlined, since XLA keeps axes in the order that convolutions want within one function only.
+        self.program = jax.jit(jax.checkpoint(run) if options.residuals == "recompute" else run, inline=True)
 
     def _run(self, operands: Sequence[Any]) -> list[Any]:
         env: dict[int, Any] = dict(enumerate(map(self._given, operands[: len(self._operands)])))

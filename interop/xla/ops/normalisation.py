@@ -48,7 +48,7 @@ def group_norm(x: Any, weight: Any, bias: Any, n: Size, channels: int, size: Siz
     """Over groups of channels."""
     wide = x.astype(opmath(x.dtype)).reshape(n, groups, -1)
     normed, mean, scale = _standardised(wide, (2,), eps)
-    normed = _affine(normed.reshape(x.shape), weight, bias, (channels, *(1,) * (x.ndim - 2)))
+    normed = _affine(normed.reshape(x.shape), weight, bias, (1, channels, *(1,) * (x.ndim - 2)))
     return normed, *(s.reshape(n, groups) for s in (mean, scale))
 
 
@@ -57,7 +57,7 @@ def batch_norm(
     x: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float, *, out: Any
 ) -> Any:
     """Over all axes but that of channels; in training with new running statistics, if there are any."""
-    shape = (-1, *(1,) * (x.ndim - 2))
+    shape = (1, -1, *(1,) * (x.ndim - 2))
     wide = x.astype(opmath(x.dtype))
     if not training:
         scale = lax.rsqrt(var.astype(wide.dtype) + eps)

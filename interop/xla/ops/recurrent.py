@@ -11,13 +11,14 @@ from ..table import op
 from .linear import product
 
 Cell = Callable[[Any, tuple[Any, ...], Sequence[Any]], tuple[tuple[Any, ...], Any]]
-"""From what the input contributes, the state and the recurrent weights to the next state and the output."""
+"""From what the input contributes, the state and the recurrent weights, the first of them transposed, to the next state
+and the output."""
 
 
 def _lstm(given: Any, state: tuple[Any, ...], weights: Sequence[Any]) -> tuple[tuple[Any, ...], Any]:
     h, c = state
     w_hh, b_hh, w_hr = weights
-    h, c, _ = _lstm_step(given + _affine(h, w_hh, b_hh), c)
+    h, c, _ = _lstm_step(given + _next(h, w_hh, b_hh), c)
     h = h if w_hr is None else h @ w_hr.T
     return (h, c), h
 
@@ -33,7 +34,7 @@ def _lstm_step(gates: Any, c: Any) -> tuple[Any, Any, list[Any]]:
 def _gru(given: Any, state: tuple[Any, ...], weights: Sequence[Any]) -> tuple[tuple[Any, ...], Any]:
     (h,) = state
     w_hh, b_hh, _ = weights
-    h, _ = _gru_step(given, _affine(h, w_hh, b_hh), h)
+    h, _ = _gru_step(given, _next(h, w_hh, b_hh), h)
     return (h,), h
 
 
@@ -49,7 +50,7 @@ def _gru_step(given: Any, recurrent: Any, h: Any) -> tuple[Any, list[Any]]:
 def _plain(activation: Callable[[Any], Any]) -> Cell:
     def cell(given: Any, state: tuple[Any, ...], weights: Sequence[Any]) -> tuple[tuple[Any, ...], Any]:
         (h,) = state
-        h = activation(given + _affine(h, *weights[:2]))
+        h = activation(given + _next(h, *weights[:2]))
         return (h,), h
 
     return cell
@@ -57,6 +58,11 @@ def _plain(activation: Callable[[Any], Any]) -> Cell:
 
 def _affine(x: Any, weight: Any, bias: Any) -> Any:
     result = product(x, weight, is_transposed=True)
+    return result if bias is None else result + bias
+
+
+def _next(h: Any, transposed: Any, bias: Any) -> Any:
+    result = product(h, transposed)
     return result if bias is None else result + bias
 
 
@@ -86,7 +92,10 @@ def _layers(
             w_ih, w_hh, b_ih, b_hh = (*own[:4],) if has_biases else (*own[:2], None, None)
             w_hr = own[-1] if per_cell in (3, 5) else None
             given = _affine(x, w_ih, b_ih)
-            weights = (w_hh, b_hh, w_hr)
+            if b_hh is not None and cell is not _gru:  # the sum is all that the cell takes
+                given, b_hh = given + b_hh, None
+            # Transposed once: XLA would bring the weight into the order that its product wants in each step.
+            weights = (lax.optimization_barrier(w_hh.T), b_hh, w_hr)
             start = tuple(s[n] for s in states)
             end, output = lax.scan(
                 lambda state, g, weights=weights: cell(g, state, weights), start, given, reverse=direction == 1
