@@ -137,6 +137,7 @@ class Capture(Mode):
         """What an op gives to Python, which is assumed, or that it raises no error: a check of the graph."""
         position, reads, name = len(self._known.reads), reads_values(func), functional_name(func)
         question = statement(name)
+        refuse_other_dtypes(name, func, args, kwargs)
         refs = self._with_refs((args, kwargs), func)
         answer = func(*args, **kwargs)  # raises where nothing is assumed
         assert question is not None, func

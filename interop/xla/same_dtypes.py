@@ -14,7 +14,7 @@ _IN_ONE_DTYPE = {
     "mv": ("self", "vec"),
     **dict.fromkeys(("addbmm", "baddbmm"), ("self", "batch1", "batch2")),
     "dot": ("self", "tensor"),
-    **dict.fromkeys(("vdot", "linalg_cross"), ("self", "other")),
+    **dict.fromkeys(("vdot", "linalg_cross", "allclose"), ("self", "other")),
     "linear": ("input", "weight", "bias"),
     **dict.fromkeys(("convolution", "_convolution"), ("input", "weight", "bias")),
     "heaviside": ("self", "values"),

@@ -243,6 +243,16 @@ def test_a_constant_is_checked_while_it_is_traced():
         by_xla(fn)(GOOD, -1.0)
 
 
+def test_dtypes_that_torch_does_not_compare():
+    def fn(x):
+        if not torch.allclose(x, x.double()):
+            raise ValueError("close, please")
+        return x
+
+    with pytest.raises(torchleaf.TorchCallError, match="must have the same dtype"):
+        by_xla(fn)(GOOD)
+
+
 # --- modules, exports, devices ---------------------------------------------------------------------
 
 
