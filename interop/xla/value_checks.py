@@ -105,7 +105,11 @@ def _allclose(x: Any, y: Any, rtol: float = 1e-5, atol: float = 1e-8, equal_nan:
     return jnp.allclose(x, y, rtol, atol, equal_nan)
 
 
-_STATEMENTS = {"_local_scalar_dense": _truth, "_assert_async": _truth, "equal": _equal, "allclose": _allclose}
+_STATEMENTS = {
+    **dict.fromkeys(("_local_scalar_dense", "is_nonzero", "_assert_async"), _truth),
+    "equal": _equal,
+    "allclose": _allclose,
+}
 
 
 # --- in programs ---------------------------------------------------------------------------------
