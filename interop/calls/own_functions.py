@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..modes.bound_in_c import node_being_made
 from ..modes.function_applies import applications_heard_by
 from ..modes.guard import is_plain_run
 from ..values.dtypes import is_inexact_tensor
@@ -48,10 +49,11 @@ class Application:
         def note(gradients: Iterable[torch.Tensor | None]) -> None:
             self.is_differentiated |= any(g is not None and bool(g.detach().any()) for g in gradients)
 
-        for output in outputs if isinstance(outputs, tuple) else (outputs,):
-            if _is_tensor(output) and output.grad_fn is not None:
-                output.grad_fn.register_prehook(note)
-                return
+        every = outputs if isinstance(outputs, tuple) else (outputs,)
+        nodes = (output.grad_fn for output in every if _is_tensor(output) and output.grad_fn is not None)
+        node = node_being_made() or next(nodes, None)
+        if node is not None:
+            node.register_prehook(note)
 
 
 @contextlib.contextmanager

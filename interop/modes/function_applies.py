@@ -13,6 +13,7 @@ import torch
 
 from ..internals.ops import SingleLevelFunction
 from ..process.switches import Switch
+from . import bound_in_c
 
 Listener = Callable[[Any, tuple[Any, ...], dict[str, Any], Callable[..., Any]], Any]
 """Given a function's class, its arguments and what applies it, returns what the application is to return."""
@@ -60,24 +61,39 @@ def _hook() -> Iterator[None]:
 
         return run(*args, **kwargs) if listener is None else listener(cls, args, kwargs, run)
 
+    arrivals = _in_python if isinstance(original, classmethod) else bound_in_c.arrivals
+    torch.autograd.Function.apply = classmethod(apply)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        with arrivals(_arriving):
+            yield
+    finally:
+        torch.autograd.Function.apply = original
+
+
+def _arriving(cls: Any) -> Listener | None:
+    """Who is to hear of an application that is on its way to `cls`."""
+    is_heard = _heard.get() is cls or not issubclass(cls, torch.autograd.Function)
+    if _heard.get() is cls:
+        _heard.set(None)  # what it applies itself is another one
+    return None if is_heard else _listener.get()
+
+
+@contextlib.contextmanager
+def _in_python(arriving: Callable[[Any], Listener | None]) -> Iterator[None]:
+    """Where torch has `apply` in Python: a bound one goes on to that of the base class."""
+
     def arrived(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        listener, is_heard = _listener.get(), _heard.get() is cls or not issubclass(cls, torch.autograd.Function)
+        listener = arriving(cls)
 
         def run(*xs: Any, **named: Any) -> Any:
-            token = _heard.set(None)
-            try:
-                return super(SingleLevelFunction, cls).apply(*xs, **named)  # pyright: ignore[reportAttributeAccessIssue]
-            finally:
-                _heard.reset(token)
+            return super(SingleLevelFunction, cls).apply(*xs, **named)  # pyright: ignore[reportAttributeAccessIssue]
 
-        return run(*args, **kwargs) if listener is None or is_heard else listener(cls, args, kwargs, run)
+        return run(*args, **kwargs) if listener is None else listener(cls, args, kwargs, run)
 
-    torch.autograd.Function.apply = classmethod(apply)  # pyright: ignore[reportAttributeAccessIssue]
     SingleLevelFunction.apply = classmethod(arrived)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:
-        torch.autograd.Function.apply = original
         del SingleLevelFunction.apply  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -88,6 +88,16 @@ each_callable = pytest.mark.parametrize("fn", CHECKING.values(), ids=CHECKING)
 GOOD, BAD = np.array([0.5, 1.5, 2.0], np.float32), np.array([-0.5, -1.5, -2.0], np.float32)
 
 
+@pytest.fixture(autouse=True)
+def _checking():
+    """`torch.compile`, where it has been used, has switched torch's checks off for the whole process."""
+    kind = distributions.Distribution
+    before = kind._validate_args
+    kind.set_default_validate_args(True)
+    yield
+    kind.set_default_validate_args(before)
+
+
 def by_xla(fn, **options):
     return torchleaf.torch_function(fn, engine="xla", **options)
 
