@@ -67,7 +67,7 @@ def arrivals(arriving: Callable[[Any], Callable[..., Any] | None]) -> Iterator[N
         if listener is not None:
             _expect(cls, _Arrival(cls, node, listener, torch.is_grad_enabled()))
 
-    BackwardCFunction.__init__ = made
+    BackwardCFunction.__init__ = made  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:

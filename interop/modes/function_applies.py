@@ -47,7 +47,7 @@ def _within(outer: Listener, listener: Listener) -> Listener:
 @contextlib.contextmanager
 def _hook() -> Iterator[None]:
     """Where `Function.apply` is looked up, and where one that was bound before (`exp = Exp.apply`) arrives."""
-    original = torch.autograd.Function.__dict__["apply"]
+    original: Any = torch.autograd.Function.__dict__["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         listener = _listener.get()
@@ -67,7 +67,7 @@ def _hook() -> Iterator[None]:
         with arrivals(_arriving):
             yield
     finally:
-        torch.autograd.Function.apply = original
+        torch.autograd.Function.apply = original  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _arriving(cls: Any) -> Listener | None:

@@ -15,20 +15,23 @@ def _wide(x: Any, out: Any) -> Any:
     return cast(x, opmath(out.dtype))
 
 
-@op("relu")
 @jax.custom_jvp
+def _relu(x: Any) -> Any:
+    return jnp.maximum(x, 0)
+
+
+@_relu.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    return _relu(*primals), jnp.where(primals[0] <= 0, 0, tangents[0])
+
+
+@op("relu")
 def relu(x: Any) -> Any:
     """Its derivative at zero is zero, and NaN stays what it is.
 
     A maximum, unlike a selection, lets XLA keep the order of axes that convolutions want.
     """
-    return jnp.maximum(x, 0)
-
-
-@relu.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    result = relu(*primals)
-    return result, jnp.where(primals[0] <= 0, 0, tangents[0])
+    return _relu(x)
 
 
 @op("hardtanh", "relu6")
