@@ -31,7 +31,8 @@ def main() -> None:
     for package in ("", *options.package):
         for case in CASES:
             for contender in CONTENDERS:
-                if not contender.startswith("torchleaf") and (package or (contender, case) == ("pure JAX", "resnet18")):
+                is_peer, is_mapped = not contender.startswith("torchleaf"), contender.endswith(("vmap", "batched"))
+                if (is_peer and package) or (is_mapped and case == "resnet18"):  # whose statistics are of the batch
                     continue
                 times = [measured(contender, case, n, package) for n in (1, 2)]
                 label = f"{case}: {contender}{f' ({Path(package).name})' if package else ''}"
@@ -104,13 +105,15 @@ def _model(contender, module, part):
     """Parameters, a function of them and a batch, and whether it is for `shard_map`; `part` is what a device has."""
     import equinox as eqx
     import jax
+    import modules
     import torchleaf
 
     if contender == "pure JAX":
-        from contenders.jax_models import _transformer
+        from contenders.jax_models import _resnet18, _transformer
 
         params = torchleaf.to_jax(dict(module.named_parameters()), copy=True)
-        return params, lambda p, x: jax.vmap(_transformer, (None, 0))(p, x), False
+        is_resnet = isinstance(module, modules.ResNet18)
+        return params, _resnet18 if is_resnet else jax.vmap(_transformer, (None, 0)), False
     if contender == "wrap-torch2jax, shard_map":
         import torch
         from contenders import torch2jax  # noqa: F401, which builds its C++

@@ -63,6 +63,26 @@ def _cnn(p: Params, x: jax.Array) -> jax.Array:
     return _linear(p, x.ravel(), "7.")
 
 
+def _resnet18(p: Params, x: jax.Array) -> jax.Array:
+    """With running statistics as they are at first: means of zero and variances of one."""
+
+    def layer(x: jax.Array, conv: str, norm: str, stride: int = 1) -> jax.Array:
+        kernel = p[f"{conv}.weight"]
+        pad = [(n // 2, n // 2) for n in kernel.shape[2:]]
+        x = lax.conv_general_dilated(x, kernel, (stride, stride), pad, dimension_numbers=("NCHW", "OIHW", "NCHW"))
+        scale = p[f"{norm}.weight"] * (1 + 1e-5) ** -0.5
+        return x * scale[:, None, None] + p[f"{norm}.bias"][:, None, None]
+
+    x = jax.nn.relu(layer(x, "stem.0", "stem.1"))
+    for i in range(8):
+        name, stride = f"blocks.{i}", 2 if i in (2, 4, 6) else 1
+        y = jax.nn.relu(layer(x, f"{name}.conv1", f"{name}.norm1", stride))
+        y = layer(y, f"{name}.conv2", f"{name}.norm2")
+        x = layer(x, f"{name}.shortcut.0", f"{name}.shortcut.1", stride) if stride == 2 else x
+        x = jax.nn.relu(x + y)
+    return _linear(p, x.mean((2, 3)), "head.")
+
+
 def _layer_norm(p: Params, x: jax.Array, name: str) -> jax.Array:
     centred = x - x.mean(-1, keepdims=True)
     scale = lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
@@ -86,6 +106,7 @@ _MODELS: dict[str, jax_programs.Apply] = {
     "mlp": _mlp,
     "lstm": _lstm,
     "transformer": _transformer,
+    "resnet18": _resnet18,
     "grad_vmap_linear": _linear,
     "grad_vmap_cnn": _cnn,
     "per_example": _mlp,
