@@ -7,8 +7,6 @@ import torch
 import torchleaf
 from compare import assert_trees_close, from_torch
 
-pytestmark = pytest.mark.all_cases
-
 
 def test_an_expanded_matrix_is_multiplied_once():
     """Where an operand does not lie in memory in order, torch makes a batch of products of a linear layer."""
@@ -62,10 +60,23 @@ TRANSPOSED = {
 }
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.complex64, jnp.int32])
-@pytest.mark.parametrize("fn", [*TRANSPOSED.values(), _stopped], ids=[*TRANSPOSED, "stopped"])
-def test_transposed_matrices_are_contracted(fn, dtype):
+each_product = pytest.mark.parametrize("fn", [*TRANSPOSED.values(), _stopped], ids=[*TRANSPOSED, "stopped"])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.complex64, jnp.int32])
+@each_product
+def test_transposed_matrices_in_other_dtypes(fn, dtype):
+    _check(fn, dtype)
+
+
+@pytest.mark.all_cases
+@each_product
+def test_transposed_matrices_are_contracted(fn):
     """Other axes of them are, so that there is no transposition for XLA to carry out."""
+    _check(fn, jnp.float32)
+
+
+def _check(fn, dtype):
     x, w = (4 * jax.random.normal(jax.random.key(n), (n, 4)) for n in (6, 5))
     x, w = x.astype(dtype), w.astype(dtype)
     ours, by_torch = torchleaf.torch_function(fn, engine="xla", strict=True), torchleaf.torch_function(fn)

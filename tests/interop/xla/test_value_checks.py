@@ -13,7 +13,6 @@ from meshes import run_on_devices
 from torch import distributions
 from torch.nn import functional as F
 
-pytestmark = pytest.mark.all_cases
 each_kind = pytest.mark.parametrize("strict", [False, True], ids=["raises", "strict"])
 
 
@@ -136,6 +135,7 @@ def test_where_it_fails_it_raises_what_torch_does(fn):
     ours(GOOD)
 
 
+@pytest.mark.all_cases
 @each_callable
 def test_with_strict_it_is_nan_where_it_fails(fn):
     ours = by_xla(fn, strict=True)
@@ -204,6 +204,7 @@ def _counts(x):
     return x
 
 
+@pytest.mark.all_cases
 @pytest.mark.parametrize(
     ("fn", "line"),
     [
