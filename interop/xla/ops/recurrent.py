@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..dtypes import cast
 from ..table import op
 from .linear import product
 
@@ -18,7 +19,7 @@ and the output."""
 def _lstm(given: Any, state: tuple[Any, ...], weights: Sequence[Any]) -> tuple[tuple[Any, ...], Any]:
     h, c = state
     w_hh, b_hh, w_hr = weights
-    h, c, _ = _lstm_step(given + _next(h, w_hh, b_hh), c)
+    h, c, _ = _lstm_step(given + _affine(h, w_hh, b_hh), c)
     h = h if w_hr is None else h @ w_hr.T
     return (h, c), h
 
@@ -34,7 +35,7 @@ def _lstm_step(gates: Any, c: Any) -> tuple[Any, Any, list[Any]]:
 def _gru(given: Any, state: tuple[Any, ...], weights: Sequence[Any]) -> tuple[tuple[Any, ...], Any]:
     (h,) = state
     w_hh, b_hh, _ = weights
-    h, _ = _gru_step(given, _next(h, w_hh, b_hh), h)
+    h, _ = _gru_step(given, _affine(h, w_hh, b_hh), h)
     return (h,), h
 
 
@@ -50,20 +51,16 @@ def _gru_step(given: Any, recurrent: Any, h: Any) -> tuple[Any, list[Any]]:
 def _plain(activation: Callable[[Any], Any]) -> Cell:
     def cell(given: Any, state: tuple[Any, ...], weights: Sequence[Any]) -> tuple[tuple[Any, ...], Any]:
         (h,) = state
-        h = activation(given + _next(h, *weights[:2]))
+        w_hh, b_hh, _ = weights
+        h = activation(given + _affine(h, w_hh, b_hh))
         return (h,), h
 
     return cell
 
 
-def _affine(x: Any, weight: Any, bias: Any) -> Any:
-    result = product(x, weight, is_transposed=True)
-    return result if bias is None else result + bias
-
-
-def _next(h: Any, transposed: Any, bias: Any) -> Any:
-    result = product(h, transposed)
-    return result if bias is None else result + bias
+def _affine(x: Any, weight: Any, bias: Any, *, is_transposed: bool = False) -> Any:
+    """`x @ weight + bias`, in the dtype of x, as states have to be."""
+    return _sum(cast(product(x, weight, is_transposed=is_transposed), x.dtype), bias)
 
 
 def _relu(x: Any) -> Any:
@@ -91,7 +88,7 @@ def _layers(
             own = params[n * per_cell : (n + 1) * per_cell]
             w_ih, w_hh, b_ih, b_hh = (*own[:4],) if has_biases else (*own[:2], None, None)
             w_hr = own[-1] if per_cell in (3, 5) else None
-            given = _affine(x, w_ih, b_ih)
+            given = _affine(x, w_ih, b_ih, is_transposed=True)
             if b_hh is not None and cell is not _gru:  # the sum is all that the cell takes
                 given, b_hh = given + b_hh, None
             # Transposed once: XLA would bring the weight into the order that its product wants in each step.
