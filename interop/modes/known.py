@@ -119,7 +119,7 @@ class KnownConstants(FakeTensorMode):
                 return self._higher_order(func, types, args, kwargs)
             tensors = list(tensors_in(*args, *kwargs.values()))
             if reads_values(func):
-                return self._read(func, types, args, kwargs)
+                return self._read(func, types, tensors, args, kwargs)
             if all(map(self.is_known, tensors)) and self._is_computed(func, tensors, args, kwargs):
                 return self._compute(func, tensors, args, kwargs)
             if self._is_shaped_by_constants(func, args, kwargs):
@@ -129,10 +129,9 @@ class KnownConstants(FakeTensorMode):
             self.failure = self.failure or Failure(type(exc), str(exc), func, _is_question(func, args))
             raise
 
-    def _read(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    def _read(self, func: Any, types: Any, tensors: list[torch.Tensor], args: Any, kwargs: Any) -> Any:
         """What an op gives to Python: by its operands, if they are known, or else what the other run read here."""
-        tensors, n = list(tensors_in(*args, *kwargs.values())), len(self.reads)
-        is_known = all(map(self.is_known, tensors))
+        is_known, n = all(map(self.is_known, tensors)), len(self.reads)
         if is_known and self._is_computed(func, tensors, args, kwargs):
             value = self._compute(func, tensors, args, kwargs)
         elif not is_known and n < len(self._answers):

@@ -86,15 +86,12 @@ def _found(target: Target, given: Traceable, options: CallOptions) -> tuple[Trac
     """What a target does, where it raises no error by values."""
     try:
         found = trace_of(target, given, options.out_shape, tuple)
-        assumed = Assumptions() if found.fakeable else _assumptions(given)
-        if not assumed.answers:
-            return found, assumed
+        if found.fakeable:
+            return found, Assumptions()
     except TorchCallError as exc:
         if isinstance(exc.__cause__, ForeignTensorError):
             raise
-        assumed = _assumptions(given)
-        if not assumed.answers:
-            raise (_explained(given, exc.__cause__) or exc) from exc.__cause__
+    assumed = _assumptions(given)
     try:
         return trace_of(target, given, options.out_shape, tuple, assumed.answers), assumed
     except TorchCallError as exc:
