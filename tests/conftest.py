@@ -2,20 +2,17 @@
 
 import collections
 import gc
-import random
 import zlib
 from types import SimpleNamespace
 
-import beartype._check.code.codemain as type_checks
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 import torch
+import type_checks
 
-# Type checks look at random items of lists. In a generator of their own: torchleaf looks closely, and slowly, at who
-# draws from Python's during a trace.
-assert type_checks.getrandbits == random.getrandbits
-type_checks.getrandbits = random.Random(0).getrandbits
+type_checks.install()
 
 torch.set_num_threads(1)  # the suite's processes share the cores; teams of spinning threads would slow all of them
 
@@ -115,6 +112,14 @@ def _seed():
 def no_proofs(monkeypatch):
     """Without the proof of a plan, which runs a call three times more after its first run: see test_plans.py."""
     monkeypatch.setattr("torchleaf.interop.calls.choice.disagreement", lambda call, plan, tensors: None)
+
+
+@pytest.fixture
+def no_type_checks():
+    """As users run: without the run-time type checks of the test suite, which would speak first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture
