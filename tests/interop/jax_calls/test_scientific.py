@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import optimistix
+import pytest
 import torch
 import torchleaf
 from torch.autograd import gradcheck
@@ -42,6 +43,7 @@ def test_an_optax_loss():
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.long
 def test_a_neural_ode_of_diffrax(x64):
     def flow(w, y0):
         solution = diffrax.diffeqsolve(

@@ -9,7 +9,7 @@ from compare import assert_trees_close, from_torch
 from torch import nn
 
 LAYERS = {
-    "LSTM": lambda: nn.LSTM(3, 4, num_layers=2, bidirectional=True),
+    "LSTM": lambda: nn.LSTM(3, 4, bidirectional=True),
     "LSTM with projections": lambda: nn.LSTM(3, 4, proj_size=2),
     "GRU": lambda: nn.GRU(3, 4, batch_first=True),
     "RNN": lambda: nn.RNN(3, 4, nonlinearity="relu"),
