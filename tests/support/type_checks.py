@@ -9,11 +9,11 @@ from typing import Any
 import jaxtyping
 from beartype import BeartypeConf, beartype
 
-checked = beartype(conf=BeartypeConf(is_random=False))
+checked = beartype(conf=BeartypeConf(is_random=False, is_pep484_tower=True))
 """The type checker of the suite: see `--jaxtyping-packages` in pyproject.toml.
 
-It looks at the first items of lists, not at random ones: torchleaf looks closely, and slowly, at who draws from
-Python's generator during a trace.
+A whole number is a `float`, as it is to pyright. It looks at the first items of lists, not at random ones: torchleaf
+looks closely, and slowly, at who draws from Python's generator during a trace.
 """
 
 _jaxtyped = jaxtyping.jaxtyped
@@ -22,8 +22,8 @@ _jaxtyped = jaxtyping.jaxtyped
 def install() -> None:
     """Before torchleaf is imported: jaxtyping's import hook decorates by this what mentions none of its types.
 
-    Its own decorator holds the axes of a call's arrays together, for which it binds the arguments of each call: half of
-    the suite's time, if it does so everywhere.
+    Its own decorator holds the axes of a call's arrays together, for which it binds the arguments of each call: a third
+    of the suite's time, if it does so everywhere.
     """
     jaxtyping.jaxtyped = _jaxtyped_or_checked
 
@@ -35,12 +35,18 @@ def _jaxtyped_or_checked(fn: Any = None, *, typechecker: Callable[..., Any]) -> 
         return _jaxtyped(fn, typechecker=typechecker)
     fn.__annotations__ = {name: _resolved(hint, fn.__globals__) for name, hint in fn.__annotations__.items()}
     with_checks = typechecker(fn)
+    return functools.wraps(fn)(_switched(fn, with_checks, jaxtyping.config)) if with_checks is not fn else fn
 
-    @functools.wraps(fn)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return (fn if jaxtyping.config.jaxtyping_disable else with_checks)(*args, **kwargs)
 
-    return call if with_checks is not fn else fn
+_switched = eval(
+    compile(
+        """lambda fn, with_checks, config: (
+            lambda *args, **kwargs: (fn if config.jaxtyping_disable else with_checks)(*args, **kwargs)
+        )""",
+        "<@beartype, or not>",  # torchleaf looks for lines of users', and passes over such files
+        "eval",
+    )
+)
 
 
 def _resolved(hint: Any, names: dict[str, Any]) -> Any:

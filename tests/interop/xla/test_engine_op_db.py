@@ -111,6 +111,15 @@ def test_what_is_missing_is_named(name):
     assert any("for which engine='xla' has no JAX function" in text for text in _wrong(_outcomes(name)))
 
 
+@pytest.mark.all_cases
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("part", range(4))
+def test_values_of_every_operator(part):
+    names = [n for n in _operators() if n not in (*MISSING, "to_sparse") and not n.startswith("jiterator")]
+    wrong = [text for name in names[part::4] for text in _wrong(_outcomes(name, torch.float64, ["forward"]))]
+    assert len(wrong) == 0, "\n".join(wrong)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_every_operator():
