@@ -77,6 +77,7 @@ def test_vmap_over_members(make):
         assert_trees_close(output, model(x))
 
 
+@pytest.mark.all_cases
 @every_case
 def test_back_to_torch(make):
     """The torch module that comes back is whole as well: its functions use its own weights."""
