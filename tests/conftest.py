@@ -17,7 +17,7 @@ type_checks.install()
 torch.set_num_threads(1)  # the suite's processes share the cores; teams of spinning threads would slow all of them
 
 
-MOST_CASES = 3
+MOST_CASES, MOST_LONG_CASES = 3, 2
 """How many cases of one test a run takes, of the hundreds that some have; `--whole` takes all."""
 
 
@@ -93,7 +93,8 @@ def _further_cases(items):
         if "slow" not in item.keywords and "all_cases" not in item.keywords:
             tests[item.nodeid.partition("[")[0], _is_other_engine(item)].append(item)
     for cases in tests.values():
-        yield from sorted(cases, key=lambda item: zlib.crc32(item.nodeid.encode()))[MOST_CASES:]
+        most = MOST_LONG_CASES if all("long" in item.keywords for item in cases) else MOST_CASES
+        yield from sorted(cases, key=lambda item: zlib.crc32(item.nodeid.encode()))[most:]
 
 
 def _mark_gpu_tests(items):
