@@ -106,6 +106,7 @@ BAD = {
 SEVERITY = ["ok", "note", "problem", "broken"]
 
 
+@pytest.mark.all_cases
 @pytest.mark.parametrize("name", GOOD)
 def test_all_is_well(name):
     findings = GOOD[name].findings()
@@ -115,6 +116,7 @@ def test_all_is_well(name):
     assert bool(findings) == (name not in ("memory not shared", "no cuda libraries"))
 
 
+@pytest.mark.all_cases
 @pytest.mark.parametrize("name", BAD)
 def test_remedy(name):
     facts, status, words = BAD[name]
@@ -124,12 +126,14 @@ def test_remedy(name):
     assert [w for w in words if w not in f"{worst.value} {worst.remedy}"] == []
 
 
+@pytest.mark.all_cases
 @pytest.mark.parametrize("asked", ["", ">=0.10", ">=0.10,<0.12", "==0.10.2", "!=0.10.2", ">0.10", "<=0.10", ">=2"])
 @pytest.mark.parametrize("version", ["0.9.9", "0.10", "0.10.0", "0.10.2", "0.10.2+cpu", "0.12.0", "1.0", "2.0.0"])
 def test_ranges_are_those_of_packaging(version, asked):
     assert within(version, asked) == SpecifierSet(asked).contains(version)
 
 
+@pytest.mark.all_cases
 @pytest.mark.parametrize("version", ["0.9.9", "0.10", "0.12.9", "0.13", "2.0"])
 def test_upper_bounds_are_left_out(version):
     for asked in (">=0.10,<0.13", "<=0.12,>=0.10", "<0.13"):
