@@ -7,7 +7,6 @@ that fails for want of gradients, or that does something else where parameters h
 
 import os
 import sys
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,22 +16,20 @@ from ..wording import says_no_gradient_required
 from .function_modes import FunctionMode
 
 _GETTER = torch.Tensor.requires_grad.__get__  # pyright: ignore[reportAttributeAccessIssue]
-_INTEROP = Path(__file__).parents[1]
-_FOLDERS = (Path(torch.__file__).parent, _INTEROP, _INTEROP.with_name("layers"))
-_LIBRARIES = tuple(f"{folder}{os.sep}" for folder in _FOLDERS)
-"""Torch's folder and ours; `torchvision` and the like, and torchleaf where it is installed, lie beside torch's."""
+_TORCH = f"{os.path.dirname(torch.__file__)}{os.sep}"  # beside it lie `torchvision` and the like, and torchleaf itself
 
 
 def is_asking(func: Any, caller: FrameType, also: str = "") -> bool:
-    """Whether a function that code outside of torch and of torchleaf, or in a file, calls asks if a tensor requires
-    gradients; function modes pass on what they are given.
+    """Whether a function that code outside of torch, or in a file, calls asks if a tensor requires gradients.
+
+    Function modes pass on what they are given. torchleaf asks for a user, where it registers the hooks of parameters.
     """
     if func != _GETTER:
         return False
     while caller.f_code.co_name == "__torch_function__" and caller.f_back is not None:
         caller = caller.f_back
     file = caller.f_code.co_filename
-    return file == also or not file.startswith(_LIBRARIES)
+    return file == also or not file.startswith(_TORCH)
 
 
 class Asked(FunctionMode):

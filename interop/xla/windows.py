@@ -55,7 +55,7 @@ def put(places: Places, shape: Sequence[Any]) -> Callable[[Any, Any], Any]:
 
 def _slices(places: np.ndarray, shape: Sequence[int]) -> tuple[slice, ...] | None:
     """Slices of all axes that give these places, in this order."""
-    if not places.size:
+    if not places.size or not shape:
         return None
     found = []
     for index in np.unravel_index(places.ravel(), tuple(shape)):

@@ -8,9 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from ..dtypes import opmath
+from ..dtypes import cast, opmath
 from ..table import Size, op
-from .reductions import root
+from .reductions import root, vector_norm
 
 
 def _standardised(x: Any, axes: Sequence[int], eps: float) -> tuple[Any, Any, Any]:
@@ -46,7 +46,7 @@ def rms_norm(x: Any, shape: Sequence[Size], weight: Any, eps: float | None) -> A
 @op("native_group_norm")
 def group_norm(x: Any, weight: Any, bias: Any, n: Size, channels: int, size: Size, groups: int, eps: float) -> Any:
     """Over groups of channels."""
-    wide = x.astype(opmath(x.dtype)).reshape(n, groups, -1)
+    wide = x.astype(opmath(x.dtype)).reshape(n, groups, channels // groups * size)
     normed, mean, scale = _standardised(wide, (2,), eps)
     normed = _affine(normed.reshape(x.shape), weight, bias, (1, channels, *(1,) * (x.ndim - 2)))
     return normed, *(s.reshape(n, groups) for s in (mean, scale))
@@ -63,7 +63,8 @@ def batch_norm(
         scale = lax.rsqrt(var.astype(wide.dtype) + eps)
         normed = (wide - mean.astype(wide.dtype).reshape(shape)) * scale.reshape(shape)
         empty = (jnp.zeros(aval.shape, aval.dtype) for aval in out[1:3])
-        return _affine(normed, weight, bias, shape), *empty
+        unchanged = (mean, var) if len(out) > 3 else ()
+        return _affine(normed, weight, bias, shape), *empty, *unchanged
     axes = (0, *range(2, x.ndim))
     normed, own_mean, scale = _standardised(wide, axes, eps)
     own_mean, scale = (lax.stop_gradient(s.ravel()) for s in (own_mean, scale))
@@ -109,9 +110,19 @@ def weight_norm(v: Any, g: Any, dim: int = 0) -> Any:
 
 
 @op("renorm")
-def renorm(x: Any, p: float, dim: int, maxnorm: float) -> Any:
+def renorm(x: Any, p: float, dim: int, maxnorm: float, *, out: Any) -> Any:
     """Slices of an axis made no longer than a bound."""
-    axes = tuple(i for i in range(x.ndim) if i != dim % x.ndim)
-    powers = jnp.abs(x) ** p
-    norms = jnp.sum(powers, axes, keepdims=True) ** (1 / p)
-    return x * jnp.where(norms > maxnorm, maxnorm / (norms + 1e-7), 1)
+    axes = [i for i in range(x.ndim) if i != dim % x.ndim]
+    return x * cast(_shrinking(vector_norm(x, p, axes, True, out=out), maxnorm), out.dtype)
+
+
+@op("embedding_renorm")
+def embedding_renorm(weight: Any, rows: Any, maxnorm: float, p: float, *, out: Any) -> Any:
+    """The rows that are looked up made no longer than a bound."""
+    is_used = jnp.zeros((weight.shape[0], 1), bool).at[rows.ravel()].set(True)
+    scale = _shrinking(vector_norm(weight, p, [1], True, out=out), maxnorm)
+    return weight * cast(jnp.where(is_used, scale, 1), out.dtype)
+
+
+def _shrinking(norms: Any, most: float) -> Any:
+    return jnp.where(norms > most, most / (norms + 1e-7), 1)

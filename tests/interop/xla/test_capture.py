@@ -64,7 +64,8 @@ def _resized(x):
     more = x.view(3, 2).t().clone()  # in the order of its columns
     more.resize_(4, 3)
     more[:2].add_(1)
-    return y, turned, more[:2], (x + 1)[2:].resize_as_(torch.zeros(2, 2))
+    one, number = x[:1].clone().resize_(()), x.sum().resize_(1, 1)
+    return y, turned, more[:2], (x + 1)[2:].resize_as_(torch.zeros(2, 2)), one, number
 
 
 def _geometry(x):

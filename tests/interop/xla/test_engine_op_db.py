@@ -86,11 +86,11 @@ def _operators(dtype=torch.float64):
     return {name_of(op): op for op in operators(dtype)}
 
 
-def _outcomes(name, dtype=torch.float64, transformations=()):
+def _outcomes(name, dtype=torch.float64, transformations=(), samples=1):
     from op_checks import outcomes
 
     with jax.enable_x64(True):
-        return list(outcomes(_operators(dtype)[name], dtype, 1, transformations, engine="xla", strict=True))
+        return list(outcomes(_operators(dtype)[name], dtype, samples, transformations, engine="xla", strict=True))
 
 
 def _wrong(found):
@@ -102,6 +102,19 @@ def _wrong(found):
 def test_chosen_operators(name):
     found = _outcomes(name)
     assert found
+    assert not _wrong(found)
+
+
+OTHERWISE = ["_native_batch_norm_legit", "div.floor_rounding", "floor_divide", "nn.functional.group_norm", "renorm"]
+"""Operators of which another sample than the first goes another way: in evaluation, other numbers of axes, no rows."""
+
+
+@pytest.mark.all_cases
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_further_samples(name):
+    found = _outcomes(name, transformations=["forward", "gradient"], samples=8)
+    assert len(found) >= 7
     assert not _wrong(found)
 
 
