@@ -125,8 +125,9 @@ def main() -> None:
     check("frozen weights that changed", float(len(frozen) - sum(frozen)), 0.0)
     check("adapters that did not", float(sum(trained)), 0.0)
 
+    assert isinstance(tuned, peft.PeftModel)
     with tempfile.TemporaryDirectory() as folder:
-        peft.PeftModel.save_pretrained(tuned, folder)
+        tuned.save_pretrained(folder)
         loaded = peft.PeftModel.from_pretrained(torchleaf.to_torch_module(base), folder)
     held_out = {name: counting(keys[-1], sign) for name, sign in (("up", 1), ("down", -1))}
     with torch.no_grad():
