@@ -276,7 +276,8 @@ def test_state_and_randomness_go_through_lifted_classes(lift, rng):
     assert jnp.any(y == 0)
     assert int(updates["batch_stats"]["layer"]["1"]["num_batches_tracked"]) == 1
     if lift is nn.remat:  # nn.jit folds the name of its own scope into the stream
-        assert_trees_close(results[1], results[0])
+        # Gradients of up to 12, of sums in another order: their rounding depends on the machine's vectors.
+        assert_trees_close(results[1], results[0], atol=1.2e-5)
 
 
 _MODULE = _encoder()

@@ -39,8 +39,7 @@ def mul(x: Any, y: Any) -> Any:
 def _floor_divide(x: Any, y: Any) -> Any:
     if category(x.dtype) == 1:
         return jnp.floor_divide(x, y)
-    x, y = jnp.broadcast_arrays(x, y)
-    remainder = lax.rem(x, y)
+    remainder = lax.rem(*jnp.broadcast_arrays(x, y))
     quotient = (x - remainder) / y
     quotient = jnp.where((remainder != 0) & ((y < 0) != (remainder < 0)), quotient - 1, quotient)
     rounded = jnp.floor(quotient)

@@ -12,7 +12,7 @@ LAYERS = {
     "LSTM": lambda: nn.LSTM(3, 4, bidirectional=True),
     "LSTM with projections": lambda: nn.LSTM(3, 4, proj_size=2),
     "GRU": lambda: nn.GRU(3, 4, batch_first=True),
-    "RNN": lambda: nn.RNN(3, 4, nonlinearity="relu"),
+    "RNN": lambda: nn.RNN(3, 4, num_layers=2, nonlinearity="relu"),
     "without biases": lambda: nn.LSTM(3, 4, bias=False),
 }
 
