@@ -38,6 +38,7 @@ _MOST_ROAMING = 4  # times that such a one is made
 _MOST_COPIED = 2**26  # bytes
 
 _numbers = itertools.count(1)
+_one_at_a_time = threading.Lock()  # a process may have no more than one capture under way, and all are on one stream
 _logger = logging.getLogger(__name__)
 
 
@@ -120,16 +121,17 @@ class Captured:
         """Capture a graph, on a stream of its own: XLA gives work to its stream from other threads meanwhile."""
         side = _side_stream(tensors[0].device)
         try:
-            side.wait_stream(stream)
-            with torch.cuda.stream(side):
-                self._run(list(kept), *tensors)  # libraries allocate for a stream when they first meet it
-                graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(capture_error_mode="thread_local")
-                try:
-                    own = {i: torch.empty_like(tensors[i]) for i in sorted(moving)}
-                    made = self._run(list(kept), *(own.get(i, x) for i, x in enumerate(tensors)))
-                finally:
-                    graph.capture_end()
+            with _one_at_a_time:
+                side.wait_stream(stream)
+                with torch.cuda.stream(side):
+                    self._run(list(kept), *tensors)  # libraries allocate for a stream when they first meet it
+                    graph = torch.cuda.CUDAGraph()
+                    graph.capture_begin(capture_error_mode="thread_local")
+                    try:
+                        own = {i: torch.empty_like(tensors[i]) for i in sorted(moving)}
+                        made = self._run(list(kept), *(own.get(i, x) for i, x in enumerate(tensors)))
+                    finally:
+                        graph.capture_end()
             graphs[key] = _Graph(graph, made, own, self._n_inputs)
         except Exception as exc:  # an op that waits for the device, for instance
             self._can_capture = False

@@ -84,7 +84,7 @@ class Part:
     """What the outputs were."""
 
 
-_LARGE = 2**24  # bytes
+_LARGE = 2**20  # bytes
 
 
 class Result:

@@ -10,6 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..calls.cycles import free_circular_graphs
 from ..errors import CapturedWriteError, ForeignTensorError, StateError, TorchCallError, signature_text
+from ..internals.autograd_thread import meet_autograd
 from ..internals.fake import FakeTensor
 from ..internals.ops import DisableTorchFunction, lacks_autograd, torch_pytree
 from ..modes import kernels
@@ -123,6 +124,8 @@ def _observe_once(
     del output, after
     operands.clear()
     watch.forget()
+    if traced.device.type == "cuda" and not all(s.expired() for s in storages):
+        meet_autograd(traced.device)  # its thread may hold a gradient that it returned
     _refuse_escapes(traced, storages)
     return Observation(
         treedef,

@@ -22,6 +22,7 @@ from jax.interpreters import mlir
 
 from ..calls.call import TorchCall
 from ..calls.handles import BY_PLACE
+from ..internals.autograd_thread import meet_autograd
 from ..internals.jax import devices_of, is_for_one_device
 from ..process.once import Once
 from ..types import Aval
@@ -118,12 +119,7 @@ def _stream(stream: int, device: torch.device) -> torch.cuda.ExternalStream:
     return torch.cuda.ExternalStream(stream, device=device)
 
 
-@functools.cache
-def _wake_autograd(device: torch.device) -> None:
-    """Let the thread on which torch goes backward meet its device: cuBLAS, where it comes first, warns of that."""
-    with torch.inference_mode(False), torch.enable_grad():
-        x = torch.zeros((), device=device, requires_grad=True)
-        torch.autograd.grad(x.exp(), x)
+_wake_autograd = functools.cache(meet_autograd)
 
 
 @Once

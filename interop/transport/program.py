@@ -24,6 +24,7 @@ from ..calls.execution import execute
 from ..calls.handles import is_signed, number_in, sign
 from ..calls.residuals import discard, hand_over, in_part
 from ..errors import TorchCallError, runtime_message
+from ..internals.autograd_thread import meet_autograd
 from ..internals.memory import storage_holders
 from ..modes.autocast import without_inference
 from ..process.nesting import run_at
@@ -159,6 +160,8 @@ class Program:
         outs = execute(call, *(self._join(operands) if any(self._in_parts) else operands), repeats=self._repeats)
         self._write(call, outs, results)
         del outs
+        if _holders(operands) != before and operands[0].is_cuda:
+            meet_autograd(operands[0].device)  # its thread may hold a cotangent that it returned
         if _holders(operands) != before:
             gc.collect()  # reference cycles are not escapes
             if _escaped(operands, before):

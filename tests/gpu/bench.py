@@ -103,19 +103,22 @@ def _sample(step: steps.Step, calls: int) -> float:
 
 
 def peaks(case: Case, task: str, build: Any) -> Record:
-    """Bytes that both allocators had in use at most; JAX's cannot be reset, so that a case has to come alone."""
-    step = build(case, task)
-    for _ in range(_WARM):
-        step.run()
-    in_torch = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    in_jax = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
-    return {"torch_bytes": in_torch, "jax_bytes": in_jax}
+    """Bytes that both allocators had in use at most: in the first steps, which are recorded and compared, and in later
+    ones. JAX's peak cannot be reset, so that a case has to come alone."""
+    step, record = build(case, task), {}
+    for phase in ("first", "later"):
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(_WARM):
+            step.run()
+        in_jax = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+        record[f"{phase}_bytes"] = torch.cuda.max_memory_allocated() + in_jax
+    return record
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contenders", nargs="+", choices=contenders.CONTENDERS, default=["torch", "torchleaf", "jax"])
-    parser.add_argument("--cases", nargs="+", choices=EVERY, default=list(EVERY))
+    parser.add_argument("--cases", nargs="+", choices=EVERY, default=list(CASES))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--tasks", nargs="+", default=["value_and_grad", "inference"])
     parser.add_argument("--seconds", type=float, default=0.5, help="of timing for each entry")
@@ -147,8 +150,8 @@ def _shown(item: tuple[str, Record]) -> str:
     name, record = item
     if "seconds" in record:
         return f"{name} {record['seconds'] * 1e3:.3f} ms"
-    if "torch_bytes" in record:
-        return f"{name} {(record['torch_bytes'] + record['jax_bytes']) / 2**20:.0f} MiB"
+    if "later_bytes" in record:
+        return f"{name} {record['first_bytes'] / 2**20:.0f}, then {record['later_bytes'] / 2**20:.0f} MiB"
     return f"{name} {record['error'][:80]}"
 
 

@@ -151,3 +151,13 @@ def test_per_example_gradients():
         for i, x in enumerate(to_torch(xs + run)):
             (expected,) = torch.autograd.grad(module(x)[0] ** 2, module[0].weight)
             np.testing.assert_allclose(found[i], expected.cpu(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_gradient_that_is_a_cotangent_is_no_tensor_left_behind():
+    """The thread on which torch goes backward holds what it returned for a moment after it has returned."""
+    fn = torch_function(lambda w, x: (w + x, w * x), residuals="recompute", replay=False)
+    gradient = jax.jit(jax.grad(lambda w, x: jnp.sum(jnp.sin(fn(w, x)[0]) + fn(w, x)[1])))
+    w, x = on_gpu(numbers(64)), on_gpu(numbers(64, seed=1))
+    expected = np.cos(np.asarray(w) + np.asarray(x)) + np.asarray(x)
+    for _ in range(300):
+        np.testing.assert_allclose(gradient(w, x), expected, rtol=1e-3, atol=1e-5)

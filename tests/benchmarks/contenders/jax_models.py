@@ -1,5 +1,7 @@
 """The same models written in JAX over torch's weights: XLA computes everything. The longest models are left out."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import jax_programs
@@ -106,7 +108,9 @@ _MODELS: dict[str, jax_programs.Apply] = {
     "mlp": _mlp,
     "lstm": _lstm,
     "transformer": _transformer,
+    "transformer_large": partial(_transformer, layers=12, heads=12),
     "resnet18": _resnet18,
+    "resnet18_large": _resnet18,
     "grad_vmap_linear": _linear,
     "grad_vmap_cnn": _cnn,
     "per_example": _mlp,

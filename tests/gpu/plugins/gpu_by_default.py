@@ -5,12 +5,15 @@ import torch
 _OF_THE_CPU = {
     "test_another_process_with_more_threads_draws_the_same": "of threads of the CPU",
     "test_autocast": "autocast of the CPU",
-    "test_checkpoint_recomputes_what_it_does_in_jax[remat-everything_saveable]": "no graph crosses a `remat` on a GPU",
+    "in_jax[remat-torch-everything_saveable]": "no graph crosses a `remat` on a GPU",
     "test_devices": "moves between the CPU and others",
+    "sort with ties": "takes NumPy arrays of tensors",
+    "linalg_eig.default": "takes NumPy arrays of tensors",
     "test_gradients_have_the_bits_of_torch": "takes NumPy arrays of tensors",
     "test_leaves_outlive_the_torch_module": "takes NumPy arrays of tensors",
     "test_no_copy_on_the_way_in_or_out": "looks into how the CPU's memory is shared",
     "test_operands_on_two_devices": "of the CPU and another one",
+    "test_parameters_and_residuals_are_viewed_once": "arrays of the CPU alone are kept",
     "test_packed_sequence_converts": "torch wants lengths on the CPU",
     "test_packed_sequences_of_other_lengths_are_other_signatures": "torch wants lengths on the CPU",
     "test_packing_inside_a_module": "torch wants lengths on the CPU",
@@ -28,6 +31,7 @@ if torch.cuda.is_available():
 def pytest_configure(config):
     for message in (
         "RNN module weights are not part of single contiguous chunk",  # torch's own calls, of functions
+        "TensorFloat32 tensor cores for float32 matrix multiplication available",  # torch.compile's advice
         "vmap of .*aten.._thnn_differentiable_",  # torch has no batching rule for these
     ):
         config.addinivalue_line("filterwarnings", f"ignore:{message}")

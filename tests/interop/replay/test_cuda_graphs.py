@@ -1,8 +1,11 @@
 """Which calls CUDA graphs serve, and that nothing they keep is overwritten: on the CPU, with imitated graphs."""
 
+import threading
+import time
+
 import pytest
 import torch
-from imitated_cuda_graphs import imitate
+from imitated_cuda_graphs import Graph, imitate
 from torchleaf.interop.replay import cuda_graphs
 from torchleaf.interop.replay.cuda_graphs import Captured
 
@@ -117,3 +120,37 @@ def test_what_cannot_be_captured_runs_op_by_op(launches, monkeypatch):
         captured([], W, x, out)
         torch.testing.assert_close(out, right(x))
     assert not launches
+
+
+def test_threads_capture_one_after_the_other(monkeypatch):
+    """A process may have no more than one capture under way: with two, torch ends it."""
+    under_way, most = [], []
+
+    class Watched(Graph):
+        def capture_begin(self, capture_error_mode):
+            super().capture_begin(capture_error_mode)
+            under_way.append(self)
+            most.append(len(under_way))
+
+        def capture_end(self):
+            time.sleep(0.02)  # the other threads go on
+            under_way.remove(self)
+            super().capture_end()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Watched)
+    together, outs = threading.Barrier(4), [torch.empty(4, 2) for _ in range(4)]
+
+    def work(out):
+        captured, x = Captured(forward, 2), numbers(4, 3)
+        for _ in range(3):
+            together.wait()
+            captured([], W, x, out)
+
+    threads = [threading.Thread(target=work, args=(out,)) for out in outs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4
+    for out in outs:
+        torch.testing.assert_close(out, right(numbers(4, 3)))
