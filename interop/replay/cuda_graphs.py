@@ -30,7 +30,7 @@ Key = tuple[Any, ...]
 """The number of the graph that made what is kept, the stream, and the addresses."""
 
 MOST_BYTES = 2**28
-"""Memory that the ops of a replay make, up to which it is captured: large calls do not wait for the host anyway."""
+"""Memory that a replay needs at a time, up to which it is captured: a graph keeps it for as long as it is there."""
 _MOST_GRAPHS = 8  # of one replay, for fixed sets
 _MOST_SEEN = 256  # sets of addresses
 _PATIENCE = 8  # calls without a graph, after which one is made for all sets

@@ -9,11 +9,13 @@ Ops that have an `out` variant write outputs where they belong; others' are copi
 Source: the idea is that of [torch.fx](https://docs.pytorch.org/docs/stable/fx.html) and of CUDA graphs.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
+from ..internals.memory import copy_each
 from ..internals.ops import SET_GRAD_ENABLED, torch_pytree
 from ..values.memory import memory_key
 from ..values.statics import static_key
@@ -21,6 +23,7 @@ from .cuda_graphs import MOST_BYTES, Captured
 from .recording import Recorder
 from .steps import NOTHING, Part, Slot, Step
 
+_MOST_WAITING = 2**25  # bytes of outputs on a GPU that wait to be copied together
 Replay = Callable[..., list[torch.Tensor]]
 """Takes a list of what the part before keeps for it, which it empties, its inputs, and tensors into which it writes its
 outputs; returns a list of what it keeps for the next part. It may leave another grad mode."""
@@ -72,9 +75,10 @@ class Code:
         """The globals of the code: constants, ops, and what has no literal."""
         self.reads = any(step.read is not NOTHING for step in steps)
         """Whether Python has read values."""
-        self.source = "\n    ".join(self._lines(steps, inputs, len(part.outputs)))
-        self._made_bytes = sum(self._memory[slot.number].n_bytes for step in steps for slot in step.results if slot)
         self._is_on_gpu = any(x.is_on_gpu for x in part.results)
+        copied_at = self._copied_at(steps)
+        self.source = "\n    ".join(self._lines(steps, copied_at, inputs, len(part.outputs)))
+        self._most_bytes = self._peak(steps, copied_at, (*inputs, *outside))
 
     def same_as(self, other: "Code") -> bool:
         """Whether both do the same. Each holds its constants, so equal addresses are of the same tensors."""
@@ -85,7 +89,7 @@ class Code:
         scope: dict[str, Any] = {**self.values}
         exec(self.source, scope)
         run = scope["run"]
-        return Captured(run, self._n_inputs) if self._is_on_gpu and self._made_bytes <= MOST_BYTES else run
+        return Captured(run, self._n_inputs) if self._is_on_gpu and self._most_bytes <= MOST_BYTES else run
 
     def _keys(self) -> dict[str, Any]:
         return {name: _key(value) for name, value in self.values.items()}
@@ -118,37 +122,79 @@ class Code:
                 needed.append(step)
         return needed[::-1]
 
-    def _lines(self, steps: list[Step], inputs: list[int], n_outputs: int) -> list[str]:
+    def _lines(self, steps: list[Step], copied_at: dict[int, int], inputs: list[int], n_outputs: int) -> list[str]:
         results = [f"r{i}" for i in range(n_outputs)]
         lines = [f"def run({', '.join(['kept', *(self._show(Slot(n)) for n in inputs), *results])}):"]
         if self.given:
             lines += [f"{''.join(self._show(Slot(n)) + ', ' for n in self.given)} = kept", "kept.clear()"]
-        changed = self._last_changes(steps)
-        lines += self._copies(changed, -1)
+        lines += self._copies(copied_at, -1)
         last = {n: i for i, step in enumerate(steps) for n in step.slots()}
-        last |= {n: max(last.get(n, -1), i) for n, i in changed.items()}
+        last |= {n: max(last.get(n, -1), i) for n, i in copied_at.items()}
         staying = {*inputs, *self._kept}
         grad_mode = None
         for i, step in enumerate(steps):
             if step.grad_mode is not grad_mode:
                 grad_mode = step.grad_mode
                 lines.append(f"{self._global(SET_GRAD_ENABLED)}({grad_mode})")
-            lines += [self._line(step), *self._copies(changed, i)]
-            near = {*step.slots(), *(n for n in changed if changed[n] == i)}
+            lines += [self._line(step), *self._copies(copied_at, i)]
+            near = {*step.slots(), *(n for n in copied_at if copied_at[n] == i)}
             names = [self._show(Slot(n)) for n in sorted(near - staying) if last[n] == i]
             names = [name for name in names if name not in self.values]
             lines += [f"del {', '.join(names)}"] if names else []
         return [*lines, f"return {self._show([Slot(n) for n in self._kept])}"]
 
-    def _last_changes(self, steps: list[Step]) -> dict[int, int]:
-        """For each slot to be copied, the number of the step that makes it or, last, writes its memory; or -1."""
+    def _copied_at(self, steps: list[Step]) -> dict[int, int]:
+        """For each slot to be copied, the number of the step after which that is done; or -1.
+
+        It is the one that makes it or, last, writes its memory, so that this is free for the next ones. On a GPU,
+        where a copy costs a launch, those that are ready meanwhile wait for each other, up to some memory.
+        """
         made = {slot.number: i for i, step in enumerate(steps) for slot in step.results if slot}
         written = {self._memory[n].storage: i for i, step in enumerate(steps) if step.writes for n in step.operands()}
-        return {n: max(made.get(n, -1), written.get(self._memory[n].storage, -1)) for _, n in self._copied}
+        ready = {n: max(made.get(n, -1), written.get(self._memory[n].storage, -1)) for _, n in self._copied}
+        if not self._is_on_gpu:
+            return ready
+        at, waiting = dict[int, int](), list[int]()
+        for n in sorted(ready, key=lambda n: ready[n]):
+            waiting.append(n)
+            if sum(self._memory[m].n_bytes for m in waiting) >= _MOST_WAITING:
+                at |= dict.fromkeys(waiting, ready[n])
+                waiting = []
+        return at | dict.fromkeys(waiting, max((ready[n] for n in waiting), default=-1))
 
-    def _copies(self, changed: dict[int, int], step: int) -> list[str]:
-        """What copies the outputs that are ready after a step, so that their memory is free for the next ones."""
-        return [f"r{i}.copy_({self._show(Slot(n))})" for i, n in self._copied if changed[n] == step]
+    def _copies(self, copied_at: dict[int, int], step: int) -> list[str]:
+        """What copies outputs after a step: together, where all are dense, if that saves launches."""
+        groups: dict[Any, list[tuple[int, int]]] = {}
+        for i, n in self._copied:
+            if copied_at[n] == step:
+                memory = self._memory[n]
+                groups.setdefault(memory.dtype if self._is_on_gpu and memory.is_filled else i, []).append((i, n))
+        return [self._copy(group) for group in groups.values()]
+
+    def _copy(self, outputs: list[tuple[int, int]]) -> str:
+        targets, sources = [f"r{i}" for i, _ in outputs], [self._show(Slot(n)) for _, n in outputs]
+        if len(outputs) == 1:
+            return f"{targets[0]}.copy_({sources[0]})"
+        return f"{self._global(copy_each)}([{', '.join(targets)}], [{', '.join(sources)}])"
+
+    def _peak(self, steps: list[Step], copied_at: dict[int, int], from_outside: Iterable[int]) -> int:
+        """Bytes of what the steps make, as much of it as is there at a time; slots `from_outside` are there before."""
+        sizes, made_at, used_at = dict[int, int](), dict[int, int](), dict[int, int]()
+        others = {self._memory[n].storage for n in (*from_outside, *self._direct)}
+        for i, step in enumerate(steps):
+            for memory in [self._memory[slot.number] for slot in step.results if slot]:
+                if memory.storage not in others:
+                    made_at.setdefault(memory.storage, i)
+                    sizes[memory.storage] = max(sizes.get(memory.storage, 0), memory.n_bytes)
+            used_at |= {self._memory[n].storage: i for n in step.slots()}
+        for n, i in (*copied_at.items(), *((n, len(steps)) for n in self._kept)):
+            storage = self._memory[n].storage
+            used_at[storage] = max(used_at.get(storage, -1), i)
+        changes = [0] * (len(steps) + 2)
+        for storage, size in sizes.items():
+            changes[made_at[storage]] += size
+            changes[used_at[storage] + 1] -= size
+        return max(itertools.accumulate(changes))
 
     def _line(self, step: Step) -> str:
         if step.read is not NOTHING:

@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchleaf.interop.calls import execution, residuals
 from torchleaf.interop.calls.residuals import live_graphs
-from torchleaf.interop.replay import recording
+from torchleaf.interop.replay import cuda_graphs, recording, replays
 from torchleaf.interop.replay.recording import Recorder as Recording
 from torchleaf.interop.replay.replays import OUT_VARIANTS, codes_of
 from watching import OpLog, Recorder
@@ -661,6 +661,50 @@ def test_memory_of_an_earlier_part_means_nothing_in_a_later_one():
     recorder.record((T,), lambda: tuple(T.sin().tanh() for _ in range(20)))
     results = [torch.empty(4, 3) for _ in range(20)]
     assert replayed(codes_of(recorder)[1], [T], *results) == {"sin": 20, "tanh": 20}
+
+
+def code_for_a_gpu(function, x):
+    recorder = recorded(function, x)
+    for result in recorder.parts[0].results:
+        result.is_on_gpu = True
+    (code,) = codes_of(recorder)
+    return code
+
+
+@pytest.mark.parametrize(("waiting", "together"), [(10, 1), (2, 1), (1, 0)])
+def test_on_a_gpu_outputs_are_copied_together(waiting, together, monkeypatch):
+    """A copy costs a launch there. Those of another geometry are copied alone, as are all others."""
+
+    def function(x):
+        written = x.sin()
+        result = x.cos(), written, x.exp().t(), x.neg(), x
+        written.mul_(2)
+        return result
+
+    monkeypatch.setattr(replays, "_MOST_WAITING", waiting * T.nbytes)
+    monkeypatch.setattr(replays, "Captured", lambda run, n_inputs: run)
+    code, inputs = code_for_a_gpu(function, T), T + 1
+    results = [torch.full_like(y, torch.nan, memory_format=torch.contiguous_format) for y in function(inputs)]
+    ops = replayed(code, [inputs], *results)
+    assert ops.get("_foreach_copy_", 0) == together
+    for found, expected in zip(results, function(inputs), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("depth", [2, 20])
+def test_what_is_there_at_a_time_decides_on_captures(depth, monkeypatch):
+    """Views of an operand, and an output that is made in its place, need no memory."""
+
+    def function(x):
+        y = x.t()
+        for _ in range(depth):
+            y = y.sin()
+        return (y.t().contiguous() @ x.t(),)
+
+    x = torch.randn(6, 6)
+    for most, captured in ((2 * x.nbytes, True), (2 * x.nbytes - 1, False)):
+        monkeypatch.setattr(replays, "MOST_BYTES", most)
+        assert isinstance(code_for_a_gpu(function, x).compile(), cuda_graphs.Captured) == captured
 
 
 def test_recordings_of_other_numbers_are_the_same():
