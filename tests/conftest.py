@@ -17,8 +17,8 @@ type_checks.install()
 torch.set_num_threads(1)  # the suite's processes share the cores; teams of spinning threads would slow all of them
 
 
-MOST_CASES, MOST_LONG_CASES = 3, 2
-"""How many cases of one test a run takes, of the hundreds that some have; `--whole` takes all."""
+MOST_CASES = 2
+"""How many cases of one test a run takes, of the hundreds that some have; one more is long. `--whole` takes all."""
 
 
 def pytest_addoption(parser):
@@ -29,6 +29,7 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     _mark_gpu_tests(items)
+    _mark_one_case_more(items)
     left_out = set(_left_out(config.option, config.args, items))
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
@@ -87,14 +88,25 @@ def _every(item):
 
 
 def _further_cases(items):
-    """The cases of large tests beyond the first few: always the same ones, of all frameworks, ops and layers."""
+    """The cases of large tests that only `--whole` takes."""
+    for cases in _cases_of_each_test(items):
+        yield from cases[MOST_CASES + any("long" not in item.keywords for item in cases) :]
+
+
+def _cases_of_each_test(items):
+    """Always in the same order, of all frameworks, ops and layers."""
     tests = collections.defaultdict(list)
-    for item in items:
+    for item in sorted(items, key=lambda item: zlib.crc32(item.nodeid.encode())):
         if "slow" not in item.keywords and "all_cases" not in item.keywords:
             tests[item.nodeid.partition("[")[0], _is_other_engine(item)].append(item)
-    for cases in tests.values():
-        most = MOST_LONG_CASES if all("long" in item.keywords for item in cases) else MOST_CASES
-        yield from sorted(cases, key=lambda item: zlib.crc32(item.nodeid.encode()))[most:]
+    return tests.values()
+
+
+def _mark_one_case_more(items):
+    for cases in _cases_of_each_test(items):
+        if any("long" not in item.keywords for item in cases):
+            for item in cases[MOST_CASES : MOST_CASES + 1]:
+                item.add_marker("long")
 
 
 def _mark_gpu_tests(items):

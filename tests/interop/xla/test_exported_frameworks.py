@@ -111,6 +111,7 @@ def test_values_and_gradients_in_a_process_without_torch(name, tmp_path):
     subprocess.run([sys.executable, "-c", _LOAD, tmp_path / "program", tmp_path / "values"], check=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_gradients_that_an_exported_program_brings_with_it(name):
     leaves, loss = _flat(FRAMEWORKS[name])

@@ -67,6 +67,7 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradients_are_torchs(name):
     fn = FUNCTIONS[name]

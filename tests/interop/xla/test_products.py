@@ -63,12 +63,14 @@ TRANSPOSED = {
 each_product = pytest.mark.parametrize("fn", [*TRANSPOSED.values(), _stopped], ids=[*TRANSPOSED, "stopped"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.complex64, jnp.int32])
 @each_product
 def test_transposed_matrices_in_other_dtypes(fn, dtype):
     _check(fn, dtype)
 
 
+@pytest.mark.long
 @pytest.mark.all_cases
 @each_product
 def test_transposed_matrices_are_contracted(fn):

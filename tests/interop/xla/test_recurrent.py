@@ -17,6 +17,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)

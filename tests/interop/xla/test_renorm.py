@@ -23,6 +23,7 @@ def by_xla(fn):
     return torchleaf.torch_function(fn, engine="xla", strict=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dim", [0, -1])
 @pytest.mark.parametrize("norm", NORMS)
 def test_slices(norm, dim):

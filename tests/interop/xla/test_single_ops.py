@@ -40,6 +40,7 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_values_and_gradients(name):
     fn, shape = FUNCTIONS[name]

@@ -71,6 +71,7 @@ def test_values_in_single_precision(name):
     assert _error(np.asarray(actual), right) < max(1.5 * _error(torchs, right), 1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_edges_are_torchs(name, dtype):
@@ -97,6 +98,7 @@ def test_derivatives(name):
     assert _error(forward, curvature) < 1e-6
 
 
+@pytest.mark.long
 def test_derivatives_at_zero():
     with jax.enable_x64(True):
         for name, expected in {
@@ -130,6 +132,7 @@ POLYNOMIALS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", POLYNOMIALS)
 def test_derivatives_of_polynomials(name):
     x, degrees = np.linspace(-1, 1, 7), np.arange(5)[:, None]

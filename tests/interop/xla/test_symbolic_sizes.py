@@ -95,6 +95,7 @@ CASES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_one_program_for_all_sizes(name):
     fn, shapes, sizes = CASES[name]

@@ -135,6 +135,7 @@ def test_where_it_fails_it_raises_what_torch_does(fn):
     ours(GOOD)
 
 
+@pytest.mark.long
 @pytest.mark.all_cases
 @each_callable
 def test_with_strict_it_is_nan_where_it_fails(fn):

@@ -188,6 +188,7 @@ def test_a_loop_is_slow_with_the_reason():
     assert "2 slow" in str(report)
 
 
+@pytest.mark.long
 def test_ops_that_torch_computes_for_the_other_engine_are_named():
     def spectrum(x):
         return torch.linalg.eigvals(x.sin() / 4 + torch.diag(torch.arange(1.0, 3.0))).real
