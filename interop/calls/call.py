@@ -101,8 +101,8 @@ class TorchCall(ABC):
         Returns a call and the operands of `self` it needs first; cotangents follow them.
         """
         raise TypeError(
-            f"{self.name} cannot be transposed: torchleaf does not know it to be linear. "
-            "Use jax.vjp, which gives the transpose of its derivative."
+            f"{self.name} cannot be transposed: torchleaf does not know it to be linear. Give jax.linear_transpose, or "
+            "a solver such as gmres, `jax.linearize(f, x)[1]`, which is linear in any case; or use engine='xla'."
         )
 
     def dce(self, used: tuple[int, ...]) -> "tuple[TorchCall, tuple[int, ...]] | None":

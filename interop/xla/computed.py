@@ -13,6 +13,7 @@ from ..types import CallOptions
 from .dtypes import cast
 from .gradient_hooks import without_derivative
 from .graph import Graph, Measure, Node, Ref
+from .promotion import promoting
 from .shared_state import new_state
 from .value_checks import enforced
 
@@ -48,8 +49,9 @@ class Computed:
             return self._run(operands)
 
         run.__name__ = run.__qualname__ = name
+        torchs = promoting(run)
         # Inlined, since XLA keeps axes in the order that convolutions want within one function only.
-        self.program = jax.jit(jax.checkpoint(run) if options.residuals == "recompute" else run, inline=True)
+        self.program = jax.jit(jax.checkpoint(torchs) if options.residuals == "recompute" else torchs, inline=True)
 
     def _run(self, operands: Sequence[Any]) -> list[Any]:
         env: dict[int, Any] = dict(enumerate(map(self._given, operands[: len(self._operands)])))

@@ -8,6 +8,7 @@ import jax.scipy.special as special
 from jax import lax
 
 from ..dtypes import Number, cast, opmath
+from ..promotion import promoting
 from ..table import op
 
 
@@ -21,6 +22,7 @@ def _relu(x: Any) -> Any:
 
 
 @_relu.defjvp
+@promoting
 def _(primals: Any, tangents: Any) -> Any:
     return _relu(*primals), jnp.where(primals[0] <= 0, 0, tangents[0])
 

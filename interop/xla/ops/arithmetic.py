@@ -8,6 +8,7 @@ import jax.scipy.special as special
 from jax import lax
 
 from ..dtypes import Number, cast, category, is_array
+from ..promotion import promoting
 from ..table import op
 from .elementwise import HALVES, computing_dtype, pointwise
 
@@ -128,7 +129,7 @@ def _power_jvp(primals: Any, tangents: Any) -> Any:
     return result, tangent
 
 
-_power.defjvp(_power_jvp, symbolic_zeros=True)
+_power.defjvp(promoting(_power_jvp), symbolic_zeros=True)
 
 
 @pointwise("atan2", "arctan2")

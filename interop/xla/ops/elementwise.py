@@ -13,6 +13,7 @@ import torch
 from jax import lax
 
 from ..dtypes import Number, cast, category, is_array, opmath, result_type
+from ..promotion import promoting
 from ..table import op
 from .gamma import digamma, lgamma
 
@@ -59,6 +60,7 @@ def _nextafter(x: Any, y: Any) -> Any:
 
 
 @_nextafter.defjvp
+@promoting
 def _(primals: Any, tangents: Any) -> Any:
     return _nextafter(*primals), tangents[0]
 
@@ -93,6 +95,7 @@ def _abs_complex(x: Any) -> Any:
 
 
 @_abs_complex.defjvp
+@promoting
 def _(primals: Any, tangents: Any) -> Any:
     (x,), (t,) = primals, tangents
     direction = _sgn(x)
@@ -105,6 +108,7 @@ def _abs_real(x: Any) -> Any:
 
 
 @_abs_real.defjvp
+@promoting
 def _(primals: Any, tangents: Any) -> Any:
     return lax.abs(primals[0]), tangents[0] * jnp.sign(primals[0])
 

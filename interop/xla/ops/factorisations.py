@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..promotion import promoting
 from ..table import op
 from .linear import householder_product, solve_triangular
 
@@ -106,6 +107,7 @@ def _pinv(x: Any, atol: Any, rtol: Any) -> Any:
 
 
 @_pinv.defjvp
+@promoting
 def _(primals: Any, tangents: Any) -> Any:
     """By Golub and Pereyra, "The differentiation of pseudo-inverses" (1973)."""
     x, dx = primals[0], tangents[0]

@@ -13,6 +13,7 @@ import jax.scipy.special as special
 from jax import lax
 
 from ..dtypes import opmath
+from ..promotion import promoting
 from ..table import op
 
 
@@ -23,6 +24,7 @@ def lgamma(x: Any) -> Any:
 
 
 @lgamma.defjvp
+@promoting
 def _(primals: Any, tangents: Any) -> Any:
     return lgamma(primals[0]), digamma(primals[0]) * tangents[0]
 
@@ -34,6 +36,7 @@ def digamma(x: Any) -> Any:
 
 
 @digamma.defjvp
+@promoting
 def _(primals: Any, tangents: Any) -> Any:
     return digamma(primals[0]), _polygamma(1, primals[0]) * tangents[0]
 
@@ -51,6 +54,7 @@ def _polygamma(n: int, x: Any) -> Any:
 
 
 @_polygamma.defjvp
+@promoting
 def _(n: int, primals: Any, tangents: Any) -> Any:
     return _polygamma(n, primals[0]), _polygamma(n + 1, primals[0]) * tangents[0]
 

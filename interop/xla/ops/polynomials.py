@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..promotion import promoting
 from .elementwise import pointwise
 
 
@@ -40,7 +41,7 @@ def _smooth(value: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
         return jax.jvp(lambda x: value(x, n), (x,), (jnp.ones_like(x),))[1]
 
     run = jax.custom_jvp(value)
-    run.defjvp(lambda primals, tangents: (run(*primals), _smooth(slope)(*primals) * tangents[0]))
+    run.defjvp(promoting(lambda primals, tangents: (run(*primals), _smooth(slope)(*primals) * tangents[0])))
     return run
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..dtypes import cast, category, opmath
+from ..promotion import promoting
 from ..table import op
 from .elementwise import absolute
 
@@ -104,6 +105,7 @@ def _zero_like(x: Any) -> Any:
 
 
 @_zero_like.defjvp
+@promoting
 def _(primals: Any, tangents: Any) -> Any:
     return jnp.zeros_like(primals[0]), tangents[0]
 
