@@ -154,13 +154,15 @@ class Code:
         ready = {n: max(made.get(n, -1), written.get(self._memory[n].storage, -1)) for _, n in self._copied}
         if not self._is_on_gpu:
             return ready
-        at, waiting = dict[int, int](), list[int]()
-        for n in sorted(ready, key=lambda n: ready[n]):
+        at, waiting, n_bytes = dict[int, int](), list[int](), 0
+        in_order = sorted(ready, key=lambda n: ready[n])
+        for n in in_order:
             waiting.append(n)
-            if sum(self._memory[m].n_bytes for m in waiting) >= _MOST_WAITING:
+            n_bytes += self._memory[n].n_bytes
+            if n_bytes >= _MOST_WAITING or n == in_order[-1]:
                 at |= dict.fromkeys(waiting, ready[n])
-                waiting = []
-        return at | dict.fromkeys(waiting, max((ready[n] for n in waiting), default=-1))
+                waiting, n_bytes = [], 0
+        return at
 
     def _copies(self, copied_at: dict[int, int], step: int) -> list[str]:
         """What copies outputs after a step: together, where all are dense, if that saves launches."""
