@@ -149,6 +149,7 @@ def test_losses_and_weights_agree_with_torch_optim(framework, training, make_opt
         assert_equal(trained.buffers, initial.buffers)
 
 
+@pytest.mark.long
 def test_weight_decay_would_have_changed_what_is_frozen():
     """In Equinox, without `trainable`, adamw decays what has no gradient: why the recipe names it."""
     params = eqx.filter(torchleaf.TorchModule(_network(training=False)), eqx.is_inexact_array)

@@ -102,6 +102,7 @@ def test_a_torch_module_that_has_changed_is_taken_apart_anew(change, rng):
 # --- initialisers --------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_jax_initializer_makes_every_trainable_parameter():
     module, x = mixed(), jnp.ones((5, 3))
     variables = TorchModule(module, initializer=nn.initializers.normal(10.0)).init(KEY, x)

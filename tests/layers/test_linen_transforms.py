@@ -63,6 +63,7 @@ def _encoder() -> tnn.Module:
 # --- in models ---------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @eager_and_jit
 @pytest.mark.parametrize(
     "make", [InSetup, InCompact, lambda module: AsField(TorchModule(module))], ids=["setup", "compact", "field"]
@@ -338,6 +339,7 @@ def test_scan_keeps_state_and_random_numbers_of_each_layer(rng):
     assert 0.03 < float(dropped) < 0.3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("initializer", ["reset_parameters", nn.initializers.normal(1.0)], ids=["reset", "normal"])
 def test_split_rngs_initialise_each_layer_of_a_scan(initializer):
     params = _scanned(tnn.Linear(4, 4), initializer=initializer).init(KEY, jnp.ones((5, 4)), None)["params"]["torch"]
@@ -374,6 +376,7 @@ def test_vmap_runs_an_ensemble(jit, rng):
         assert_trees_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 @eager_and_jit
 def test_split_rngs_initialise_each_member_of_an_ensemble(jit):
     module, x = tnn.Sequential(tnn.Linear(30, 40), tnn.BatchNorm1d(40)), jnp.ones((5, 30))

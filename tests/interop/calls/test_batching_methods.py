@@ -127,6 +127,7 @@ def test_recurrent_layers(recurrent, method, jit):
     close(grads, from_torch({name: p.grad for name, p in recurrent.named_parameters()}))
 
 
+@pytest.mark.long
 def test_auto_falls_back_to_a_loop_with_one_warning_naming_the_op(recurrent):
     model = torchleaf.TorchModule(recurrent)
     x, y = twins.normal((5, 6, 3), (7, 6, 3))

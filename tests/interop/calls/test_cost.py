@@ -122,6 +122,7 @@ def frozen_by_stop_gradient(model, x):
     return loss(eqx.tree_at(lambda m: m.encoder, model, encoder), x)
 
 
+@pytest.mark.long
 def test_a_frozen_encoder_costs_no_backward(residuals, backward):
     """Training all: products for three weights and two activations. Training the head: for its weight alone."""
     (x,) = twins.normal((B, IN))

@@ -225,6 +225,7 @@ def test_recurrent_modules(cls, monkeypatch):
     close(hvp, from_torch(dict(zip(names, second, strict=True))))
 
 
+@pytest.mark.long
 def test_ctc_loss():
     """A loss without double backward in torch, against optax's twin; infinitely long paths excluded."""
     import optax

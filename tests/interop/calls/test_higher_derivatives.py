@@ -112,6 +112,7 @@ def test_linear_algebra(op, jit):
     close(actual, jax.jit(every(HIGHER, twin))(MATRIX))
 
 
+@pytest.mark.long
 @eager_and_jit
 @pytest.mark.parametrize("transform", [jax.jacrev, jax.jacfwd], ids=["jacrev", "jacfwd"])
 @pytest.mark.parametrize("name", ["det", "slogdet", "solve", "inv"])
@@ -121,6 +122,7 @@ def test_jacobians_of_a_batch(name, transform, jit):
     close(jit(jax.vmap(transform(torchleaf.torch_function(ours))))(batch), jax.vmap(transform(twin))(batch))
 
 
+@pytest.mark.long
 @eager_and_jit
 def test_the_determinant_of_the_identity_has_second_derivatives(jit):
     """Where all singular values are one; the batched rule has NaN there."""

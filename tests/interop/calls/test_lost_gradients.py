@@ -41,6 +41,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.long
 @engines
 @pytest.mark.parametrize("name", LOSING)
 @pytest.mark.parametrize("transform", DERIVATIVES)

@@ -92,6 +92,7 @@ def _close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.long
 @bound_or_not
 @each_jit
 @each_second

@@ -211,6 +211,7 @@ def test_such_a_rule_shows_only_where_examples_differ(jit):
     close(nested(a, v), jax.vmap(lambda a: jax.vmap(lambda v: a.at[1].set(v))(v))(a))
 
 
+@pytest.mark.long
 @loops
 @eager_and_jit
 @pytest.mark.parametrize("residuals", ["live", "recompute"])

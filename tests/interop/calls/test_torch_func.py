@@ -155,6 +155,7 @@ def test_transform(twin, transform):
     close(jax.jit(lambda *xs: transform(twin.ours, *xs))(*args), jax.jit(lambda *xs: transform(twin.jax, *xs))(*args))
 
 
+@pytest.mark.long
 @every_twin
 def test_eagerly(twin):
     args = twin.arguments()

@@ -80,6 +80,7 @@ def test_jax_is_traced_while_the_graph_is_and_never_after():
     assert n == len(traces) > 0
 
 
+@pytest.mark.long
 def test_a_module_trains():
     class Net(nn.Module):
         def __init__(self):

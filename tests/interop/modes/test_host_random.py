@@ -74,6 +74,7 @@ def distinct(results):
     return len({np.asarray(y).tobytes() for y in results})
 
 
+@pytest.mark.long
 @drawing
 @pytest.mark.parametrize("residuals", ["live", "recompute"])
 def test_one_key_gives_one_result_in_every_way(name, residuals):

@@ -529,6 +529,7 @@ def test_probability_zero_draws_all_the_same(x):
     assert_equal(never(x, key=KEY), jnp.zeros(24))
 
 
+@pytest.mark.long
 def test_a_draw_that_depends_on_values(x):
     """Code that cannot be traced: the key is there when it is needed, its lack an error of the running program."""
 

@@ -50,6 +50,7 @@ def with_custom_jvp(function):
     return doubled
 
 
+@pytest.mark.long
 @eager_and_jit
 @pytest.mark.parametrize("wrap", [with_custom_vjp, with_custom_jvp])
 def test_custom_derivatives_around_it(wrap, args, jit):

@@ -8,6 +8,7 @@ import torchleaf
 from compare import assert_trees_close, from_torch
 
 
+@pytest.mark.long
 def test_an_expanded_matrix_is_multiplied_once():
     """Where an operand does not lie in memory in order, torch makes a batch of products of a linear layer."""
     weight = torch.randn(5, 4)

@@ -164,6 +164,7 @@ def test_batches_and_derivatives_within():
         assert_trees_close(along_another.call(from_torch(x)), from_torch(module(x)), **CLOSE)
 
 
+@pytest.mark.long
 def test_random_numbers():
     ours = _ours(nn.Dropout())
     (spec,) = _specs("b, 3")

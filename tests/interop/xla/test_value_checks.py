@@ -105,6 +105,7 @@ def _total(tree):
     return sum(jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact))
 
 
+@pytest.mark.long
 @each_kind
 @each_callable
 def test_where_it_passes_it_is_as_in_torch(fn, strict):
@@ -119,6 +120,7 @@ def test_where_it_passes_it_is_as_in_torch(fn, strict):
     assert_trees_close(jax.grad(lambda x: _total(ours(x)))(jnp.asarray(GOOD)), expected)
 
 
+@pytest.mark.long
 @each_callable
 def test_where_it_fails_it_raises_what_torch_does(fn):
     with pytest.raises((ValueError, AssertionError, RuntimeError, ZeroDivisionError)) as torchs:
@@ -155,6 +157,7 @@ def test_the_line_is_named():
         eqx.filter_jit(by_xla(_in_place))(BAD)
 
 
+@pytest.mark.long
 def test_results_that_cannot_be_nan():
     def draws(p):
         return distributions.Categorical(probs=p).sample((4,))

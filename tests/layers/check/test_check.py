@@ -71,6 +71,7 @@ def test_an_equinox_model_with_its_state_apart():
         torchleaf.check(model, X)
 
 
+@pytest.mark.long
 def test_randomness(wrap):
     found = outcome("keys", wrap(nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5))), X)
     assert found.status == "slow", found
@@ -98,6 +99,7 @@ def test_evaluation_mode_draws_nothing():
         assert outcome("keys", dropout, X).status == "n/a"
 
 
+@pytest.mark.long
 def test_what_always_draws_is_checked_by_keys_alone():
     report = torchleaf.check(lambda x: x + x * torch.randn_like(x), X)
     assert {name for name, status in statuses(report).items() if status == "n/a"} == {*EVERY} - {"keys"}

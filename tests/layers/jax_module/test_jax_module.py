@@ -164,6 +164,7 @@ def test_the_model_that_is_given_never_changes():
     assert not jnp.any(taken.weight)
 
 
+@pytest.mark.long
 @each_model
 def test_state_dicts(name):
     model, x = made(name)
@@ -221,6 +222,7 @@ def test_dtypes(name, dtype, request):
         assert out.dtype == dtype
 
 
+@pytest.mark.long
 def test_devices():
     model, x = made("equinox")
     before = model(x)

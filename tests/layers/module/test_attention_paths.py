@@ -51,6 +51,7 @@ MASKS = {
 FLAGS = {"is_causal": False}  # else the encoder compares the mask's values with a causal one's
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mask", MASKS)
 def test_with_a_mask_a_function_and_its_gradient_are_of_one_function(encoder, x, mask, log):
     model = torchleaf.TorchModule(encoder)

@@ -69,6 +69,7 @@ def torch_gradients(module, x):
     return from_torch(dict(zip(names, torch.autograd.grad((module(x) ** 2).sum(), weights), strict=True)))
 
 
+@pytest.mark.long
 @eager_and_jit
 @pytest.mark.parametrize("residuals", ["live", "recompute"])
 @pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)

@@ -141,6 +141,7 @@ def real_loss(function):
     return run
 
 
+@pytest.mark.long
 @eager_and_filter_jit
 @every_layer
 def test_output_and_gradient_of_a_real_loss(layer, jit):

@@ -126,6 +126,7 @@ def test_module(name, precision, jit):
     check(cast(make()), to(dtype, draw()), jit, tolerance)
 
 
+@pytest.mark.long
 @eager_and_filter_jit
 @pytest.mark.parametrize("name", MODULES)
 def test_module_in_float64(name, jit, x64):

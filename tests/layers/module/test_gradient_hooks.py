@@ -98,6 +98,7 @@ def test_compiled_gradients(make, residuals):
     assert_trees_close(repeated_jit(jax.grad(loss))(params, x).params, expected)
 
 
+@pytest.mark.long
 @every_module
 @pytest.mark.filterwarnings("ignore:vmap of .* runs as a loop:UserWarning")
 def test_batches(make):

@@ -27,6 +27,7 @@ modes = pytest.mark.parametrize(
 """Eager calls of large models take seconds; what differs between the frameworks is in small ones, too."""
 
 
+@pytest.mark.long
 @modes
 def test_bert_gradients(framework, jit, ids, mask):
     module = bert().eval()

@@ -124,6 +124,7 @@ def test_vmap_and_forward_mode(make):
     assert_trees_close((tangent * jnp.sin(1 + tangent)).sum(), (jnp.cos(x[0]) * transposed).sum(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", [Penalty, InnerStep], ids=lambda cls: cls.__name__)
 @pytest.mark.filterwarnings("ignore:vmap of .* runs as a loop:UserWarning")
 def test_second_derivatives(make, x64):

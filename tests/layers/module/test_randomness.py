@@ -228,6 +228,7 @@ def test_variational_autoencoder(x):
     assert loss(model, jax.random.split(OTHER, 12))[0] != value
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("residuals", ["live", "recompute"])
 def test_training_with_split_keys_repeats(residuals, x):
     """A scan over steps and a loop of compiled steps give the same weights; another seed gives others."""

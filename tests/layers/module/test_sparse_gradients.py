@@ -86,6 +86,7 @@ def test_gradients(framework, make, residuals):
     assert_trees_close(gradients.weights.params, expected)
 
 
+@pytest.mark.long
 @every_module
 @pytest.mark.filterwarnings("ignore:vmap of _Bag. torch.func.vmap cannot batch:UserWarning")  # embedding_bag
 def test_compiled_batched_and_second_order(make):

@@ -58,6 +58,7 @@ def test_hidden_states(name):
     assert_trees_close(output, from_torch(module(**inputs, output_hidden_states=True)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("residuals", ["live", "recompute"])
 @each_model
 def test_parameter_gradients_in_training(name, residuals):
@@ -121,6 +122,7 @@ def test_gradients_with_dropout_are_those_of_the_same_mask(name):
 # --- caches --------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @eager_and_filter_jit
 @pytest.mark.parametrize("name", ["GPT-2", "Llama"])
 def test_next_tokens_from_the_cache(name, jit):
@@ -139,6 +141,7 @@ def test_next_tokens_from_the_cache(name, jit):
     assert [raw_bytes(leaf) for leaf in jax.tree.leaves(first)] == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["T5", "Whisper"])
 def test_next_token_of_a_decoder(name):
     """The encoder's output and both caches go in again."""
