@@ -120,8 +120,8 @@ class Captured:
     ) -> None:
         """Capture a graph, on a stream of its own: XLA gives work to its stream from other threads meanwhile."""
         side = _side_stream(tensors[0].device)
-        try:
-            with _one_at_a_time:
+        with _one_at_a_time:
+            try:
                 side.wait_stream(stream)
                 with torch.cuda.stream(side):
                     self._run(list(kept), *tensors)  # libraries allocate for a stream when they first meet it
@@ -132,12 +132,12 @@ class Captured:
                         made = self._run(list(kept), *(own.get(i, x) for i, x in enumerate(tensors)))
                     finally:
                         graph.capture_end()
-            graphs[key] = _Graph(graph, made, own, self._n_inputs)
-        except Exception as exc:  # an op that waits for the device, for instance
-            self._can_capture = False
-            _logger.debug("a replay cannot be captured as a CUDA graph: %s", exc)
-        finally:
-            stream.wait_stream(side)
+                graphs[key] = _Graph(graph, made, own, self._n_inputs)
+            except Exception as exc:  # an op that waits for the device, for instance
+                self._can_capture = False
+                _logger.debug("a replay cannot be captured as a CUDA graph: %s", exc)
+            finally:
+                stream.wait_stream(side)  # which would draw it into the next capture on that stream
 
 
 class _Graph:

@@ -37,7 +37,9 @@ class Graph:
                     old.copy_(new)
 
 
-class _Stream:
+class Stream:
+    """`torch.cuda.Stream`."""
+
     cuda_stream = 7
 
     def __init__(self, device=None):
@@ -50,6 +52,6 @@ class _Stream:
 def imitate(monkeypatch):
     """`torch.cuda` as far as captures need it."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "current_stream", _Stream)
-    monkeypatch.setattr(cuda_graphs, "_side_stream", _Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(cuda_graphs, "_side_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from imitated_cuda_graphs import Graph, imitate
+from imitated_cuda_graphs import Graph, Stream, imitate
 from torchleaf.interop.replay import cuda_graphs
 from torchleaf.interop.replay.cuda_graphs import Captured
 
@@ -123,8 +123,9 @@ def test_what_cannot_be_captured_runs_op_by_op(launches, monkeypatch):
 
 
 def test_threads_capture_one_after_the_other(monkeypatch):
-    """A process may have no more than one capture under way: with two, torch ends it."""
-    under_way, most = [], []
+    """A process may have no more than one capture under way: with two, torch ends it. Nor may streams wait for a
+    capturing one, which would draw them into the capture."""
+    under_way, most, met = [], [], []
 
     class Watched(Graph):
         def capture_begin(self, capture_error_mode):
@@ -137,7 +138,12 @@ def test_threads_capture_one_after_the_other(monkeypatch):
             under_way.remove(self)
             super().capture_end()
 
+    def wait_stream(self, other):
+        time.sleep(0.005)  # another thread may begin
+        met.extend(under_way)
+
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Watched)
+    monkeypatch.setattr(Stream, "wait_stream", wait_stream)
     together, outs = threading.Barrier(4), [torch.empty(4, 2) for _ in range(4)]
 
     def work(out):
@@ -152,5 +158,6 @@ def test_threads_capture_one_after_the_other(monkeypatch):
     for thread in threads:
         thread.join()
     assert most == [1] * 4
+    assert not met
     for out in outs:
         torch.testing.assert_close(out, right(numbers(4, 3)))
