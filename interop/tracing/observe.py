@@ -124,8 +124,6 @@ def _observe_once(
     del output, after
     operands.clear()
     watch.forget()
-    if traced.device.type == "cuda" and not all(s.expired() for s in storages):
-        meet_autograd(traced.device)  # its thread may hold a gradient that it returned
     _refuse_escapes(traced, storages)
     return Observation(
         treedef,
@@ -148,6 +146,8 @@ def _observe_once(
 
 
 def _refuse_escapes(traced: Traceable, storages: Sequence[StorageWeakRef]) -> None:
+    if not all(s.expired() for s in storages) and traced.device.type == "cuda":
+        meet_autograd(traced.device)  # its thread may hold a gradient that it returned
     if not all(s.expired() for s in storages):
         gc.collect()  # reference cycles are not escapes
     if not all(s.expired() for s in storages):

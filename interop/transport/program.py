@@ -160,10 +160,11 @@ class Program:
         outs = execute(call, *(self._join(operands) if any(self._in_parts) else operands), repeats=self._repeats)
         self._write(call, outs, results)
         del outs
-        if _holders(operands) != before and operands[0].is_cuda:
-            meet_autograd(operands[0].device)  # its thread may hold a cotangent that it returned
         if _holders(operands) != before:
-            gc.collect()  # reference cycles are not escapes
+            if operands[0].is_cuda:
+                meet_autograd(operands[0].device)  # its thread may hold a cotangent that it returned
+            if _holders(operands) != before:
+                gc.collect()  # reference cycles are not escapes
             if _escaped(operands, before):
                 call.execution.forget(buffers[self._n_buffers :])
             if _escaped(operands, before):

@@ -45,13 +45,13 @@ class Computed:
         self._strict = options.strict
         self._given = (lambda x: x) if no_derivative is None else without_derivative(f"{name} {no_derivative}")
 
+        @promoting
         def run(*operands: Any) -> list[Any]:
             return self._run(operands)
 
         run.__name__ = run.__qualname__ = name
-        torchs = promoting(run)
         # Inlined, since XLA keeps axes in the order that convolutions want within one function only.
-        self.program = jax.jit(jax.checkpoint(torchs) if options.residuals == "recompute" else torchs, inline=True)
+        self.program = jax.jit(jax.checkpoint(run) if options.residuals == "recompute" else run, inline=True)
 
     def _run(self, operands: Sequence[Any]) -> list[Any]:
         env: dict[int, Any] = dict(enumerate(map(self._given, operands[: len(self._operands)])))

@@ -412,9 +412,11 @@ def test_refused(function, reason):
 # --- code --------------------------------------------------------------------------------------------
 
 
-def code_of(function, *inputs):
+def code_of(function, *inputs, for_a_gpu=False):
     recorder = recorded(function, *inputs)
     assert recorder.failure is None
+    for result in recorder.parts[0].results:
+        result.is_on_gpu = for_a_gpu
     (code,) = codes_of(recorder)
     return code
 
@@ -663,14 +665,6 @@ def test_memory_of_an_earlier_part_means_nothing_in_a_later_one():
     assert replayed(codes_of(recorder)[1], [T], *results) == {"sin": 20, "tanh": 20}
 
 
-def code_for_a_gpu(function, x):
-    recorder = recorded(function, x)
-    for result in recorder.parts[0].results:
-        result.is_on_gpu = True
-    (code,) = codes_of(recorder)
-    return code
-
-
 @pytest.mark.parametrize(("waiting", "together"), [(10, 1), (2, 1), (1, 0)])
 def test_on_a_gpu_outputs_are_copied_together(waiting, together, monkeypatch):
     """A copy costs a launch there. Those of another geometry are copied alone, as are all others."""
@@ -683,7 +677,7 @@ def test_on_a_gpu_outputs_are_copied_together(waiting, together, monkeypatch):
 
     monkeypatch.setattr(replays, "_MOST_WAITING", waiting * T.nbytes)
     monkeypatch.setattr(replays, "Captured", lambda run, n_inputs: run)
-    code, inputs = code_for_a_gpu(function, T), T + 1
+    code, inputs = code_of(function, T, for_a_gpu=True), T + 1
     results = [torch.full_like(y, torch.nan, memory_format=torch.contiguous_format) for y in function(inputs)]
     ops = replayed(code, [inputs], *results)
     assert ops.get("_foreach_copy_", 0) == together
@@ -704,7 +698,7 @@ def test_what_is_there_at_a_time_decides_on_captures(depth, monkeypatch):
     x = torch.randn(6, 6)
     for most, captured in ((2 * x.nbytes, True), (2 * x.nbytes - 1, False)):
         monkeypatch.setattr(replays, "MOST_BYTES", most)
-        assert isinstance(code_for_a_gpu(function, x).compile(), cuda_graphs.Captured) == captured
+        assert isinstance(code_of(function, x, for_a_gpu=True).compile(), cuda_graphs.Captured) == captured
 
 
 def test_recordings_of_other_numbers_are_the_same():

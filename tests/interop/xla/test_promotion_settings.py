@@ -33,11 +33,10 @@ MODULES = {
 }
 
 
+@contextlib.contextmanager
 def strict():
-    stack = contextlib.ExitStack()
-    stack.enter_context(jax.numpy_rank_promotion("raise"))
-    stack.enter_context(jax.numpy_dtype_promotion("strict"))
-    return stack
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
 
 
 def all_of(fn, x):
