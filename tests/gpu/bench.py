@@ -107,7 +107,8 @@ def peaks(case: Case, task: str, build: Any) -> Record:
     ones. JAX's peak cannot be reset, so that a case has to come alone."""
     step, record = build(case, task), {}
     for phase in ("first", "later"):
-        torch.cuda.reset_peak_memory_stats()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         for _ in range(_WARM):
             step.run()
         in_jax = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
